@@ -1,0 +1,273 @@
+"""Is the gradient of several processes the gradient of one? Every objective, 2 and 4 gloo processes, uneven shards.
+
+A linear encoder sees two views of a few items, each process a shard of them. The gradients are averaged over the
+processes, as data-parallel training does, and compared with those of one process that holds all items: the ratio of
+norms and the cosine (encoder), the largest difference relative to the norm (encoder, temperature, bias), and the
+averaged loss. A ratio of 1 and a cosine of 1 mean that the number of processes changes nothing. The last rows are
+controls that must not reach them: negatives of the own process only, and a gather that drops the other processes'
+gradient.
+
+Run from the repository root, a few seconds on two CPU cores:
+
+    python benchmarks/distributed_gradient.py                       # prints the table, writes results/benchmarks/
+    python benchmarks/distributed_gradient.py --sizes 7,2 --out -   # one table for these shards, nothing written
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from counterpoint import contrast
+from counterpoint.atomic import writing
+from counterpoint.contrast.distributed import gather, gather_plain
+
+OUT = Path(__file__).parent.parent / "results" / "benchmarks" / "distributed_gradient.json"
+SIZES = ([5, 3], [4, 1, 3, 2])
+INPUTS, OUTPUTS, QUEUE, HARD = 6, 5, 7, 2
+
+
+class Shard(NamedTuple):
+    """What one process sees of the batch: embeddings of its items, and the shared learned numbers."""
+
+    z1: Tensor
+    z2: Tensor
+    labels: Tensor
+    hard: Tensor
+    queue: Tensor
+    ignore: Tensor
+    positives: Tensor
+    row_temperature: Tensor
+    temperature: Tensor
+    bias: Tensor
+
+
+def gather_alone(s: Shard) -> Tensor:
+    """Not a contrast: own rows meet gathered rows, each with a factor for its place in the whole batch."""
+    everyone, plain = gather(s.z1), gather_plain(s.z1)
+    mine = slice(everyone.start, everyone.start + len(s.z1))
+    assert torch.equal(everyone.rows[mine], s.z1) and torch.equal(everyone.rows, plain.rows)
+    assert everyone[1:] == plain[1:] and not plain.rows.requires_grad
+    place = torch.arange(1, len(everyone.rows) + 1, dtype=s.z1.dtype).log()[:, None]
+    return everyone.ranks * ((s.z1 * place[mine].exp()) @ (everyone.rows.sin() * place).T).sum()
+
+
+def local_negatives(s: Shard) -> Tensor:
+    """Control: NT-Xent among the own rows, in plain torch."""
+    x = contrast.unit(torch.cat([s.z1, s.z2]))
+    logits = (x @ x.T / s.temperature).masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf)
+    return torch.nn.functional.cross_entropy(logits, torch.arange(len(x)).roll(len(s.z1)))
+
+
+def gradient_dropped(s: Shard) -> Tensor:
+    """Control: all negatives, but no gradient to the rows of other processes; the mean over the local rows."""
+    image, text = contrast.unit(s.z1), contrast.unit(s.z2)
+    keys = gather_plain(text)
+    everyone = torch.cat([keys.rows[: keys.start], text, keys.rows[keys.start + len(text) :]])
+    return torch.nn.functional.cross_entropy(image @ everyone.T / s.temperature, torch.arange(len(text)) + keys.start)
+
+
+OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
+    "nt_xent": lambda s: contrast.nt_xent(s.z1, s.z2, temperature=s.temperature),
+    "dcl": lambda s: contrast.dcl(s.z1, s.z2, temperature=s.temperature),
+    "dcl, one way": lambda s: contrast.dcl(s.z1, s.z2, temperature=s.temperature, one_way=True),
+    "dclw": lambda s: contrast.dclw(s.z1, s.z2, temperature=s.temperature),
+    "dclw, gradient through the weight": lambda s: contrast.dclw(
+        s.z1, s.z2, temperature=s.temperature, detach_weight=False
+    ),
+    "info_nce": lambda s: contrast.info_nce(s.z1, s.z2, temperature=s.temperature),
+    "info_nce, symmetric": lambda s: contrast.info_nce(s.z1, s.z2, temperature=s.temperature, symmetric=True),
+    "info_nce, symmetric decoupled": lambda s: contrast.info_nce(
+        s.z1, s.z2, temperature=s.temperature, symmetric=True, decoupled=True
+    ),
+    "info_nce, queue and hard negatives": lambda s: contrast.info_nce(
+        s.z1, s.z2, temperature=s.temperature, negatives=s.queue, hard_negatives=s.hard, label_smoothing=0.1
+    ),
+    "info_nce, queue only (MoCo)": lambda s: contrast.info_nce(
+        s.z1, s.z2, temperature=s.temperature, negatives=s.queue, in_batch=False
+    ),
+    "info_nce, several positives": lambda s: contrast.info_nce(
+        s.z1, s.z2, temperature=s.temperature, positives=s.positives
+    ),
+    "info_nce, positives as a matrix": lambda s: contrast.info_nce(
+        s.z1, s.z2, temperature=s.temperature, positives=s.ignore | torch.eye(len(s.z1), dtype=torch.bool)
+    ),
+    "info_nce, pairs to ignore": lambda s: contrast.info_nce(
+        s.z1, s.z2, temperature=s.temperature, ignore=s.ignore, symmetric=True
+    ),
+    "info_nce, a temperature per row": lambda s: contrast.info_nce(s.z1, s.z2, temperature=s.row_temperature),
+    "sup_con": lambda s: contrast.sup_con(torch.stack([s.z1, s.z2], dim=1), s.labels, temperature=s.temperature),
+    "sup_con, one view with singletons": lambda s: contrast.sup_con(s.z1, s.labels, temperature=s.temperature),
+    "sup_con, inside the log": lambda s: contrast.sup_con(s.z1, s.labels, temperature=s.temperature, mean="inside"),
+    "clip_loss": lambda s: contrast.clip_loss(s.z1, s.z2, temperature=s.temperature),
+    "clip_loss, label smoothing": lambda s: contrast.clip_loss(
+        s.z1, s.z2, temperature=s.temperature, label_smoothing=0.2
+    ),
+    "sigmoid_loss": lambda s: contrast.sigmoid_loss(s.z1, s.z2, temperature=s.temperature, bias=s.bias),
+    "gather alone": gather_alone,
+    "control: own negatives only": local_negatives,
+    "control: gradient of others dropped": gradient_dropped,
+}
+
+
+class Learned(NamedTuple):
+    """The parameters whose gradients are compared."""
+
+    encoder: Tensor
+    temperature: Tensor
+    bias: Tensor
+    row_temperature: Tensor
+
+
+def parameters(total: int, dtype: torch.dtype) -> Learned:
+    generator = torch.Generator().manual_seed(1)
+    values = (
+        torch.randn(INPUTS, OUTPUTS, generator=generator, dtype=torch.float64),
+        torch.tensor(0.2),
+        torch.tensor(-2.0),
+        torch.linspace(0.1, 1, total),
+    )
+    return Learned(*(value.to(dtype).requires_grad_() for value in values))
+
+
+def shard(learned: Learned, sizes: list[int], rank: int | None, dtype: torch.dtype) -> Shard:
+    """The share of process `rank`, or the whole batch (None), always from the same random batch."""
+    total = sum(sizes)
+    start = 0 if rank is None else sum(sizes[:rank])
+    here = slice(start, total if rank is None else start + sizes[rank])
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    view1, noise, hard, queue = (
+        draw(total, INPUTS),
+        draw(total, INPUTS),
+        draw(total, HARD, OUTPUTS),
+        draw(QUEUE, OUTPUTS),
+    )
+    labels = torch.arange(total) * 3 % max(total // 2, 1)
+    labels[-1] = 99  # nobody shares it
+    # Pairs are named within a process; the whole batch holds them on its block diagonal.
+    blocks = [torch.rand(size, size, generator=generator) > 0.6 for size in sizes]
+    neighbours = [torch.stack([torch.arange(size), (torch.arange(size) + 1) % size], dim=1) for size in sizes]
+    if rank is None:
+        offsets = [sum(sizes[:r]) for r in range(len(sizes))]
+        ignore = torch.block_diag(*blocks).bool()
+        positives = torch.cat([near + offset for near, offset in zip(neighbours, offsets, strict=True)])
+    else:
+        ignore, positives = blocks[rank], neighbours[rank]
+    return Shard(
+        view1[here] @ learned.encoder,
+        (view1 + noise / 2)[here] @ learned.encoder,
+        labels[here],
+        hard[here],
+        queue,
+        ignore,
+        positives,
+        learned.row_temperature[here],
+        learned.temperature,
+        learned.bias,
+    )
+
+
+def gradients(objective: Callable[[Shard], Tensor], sizes: list[int], rank: int | None, dtype: torch.dtype):
+    learned = parameters(sum(sizes), dtype)
+    loss = objective(shard(learned, sizes, rank, dtype))
+    grads = torch.autograd.grad(loss, learned, allow_unused=True)
+    return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(learned, grads, strict=True)]
+
+
+def compare(name: str, sizes: list[int], rank: int, dtype: torch.dtype, expected) -> dict[str, Any]:
+    loss, grads = gradients(OBJECTIVES[name], sizes, rank, dtype)
+    for tensor in (loss, *grads):
+        distributed.all_reduce(tensor)
+        tensor /= len(sizes)
+    loss_alone, alone = expected
+    ours, theirs = grads[0].double().flatten(), alone[0].double().flatten()
+    largest = {
+        field: float((a - b).double().norm() / b.double().norm())
+        for field, a, b in zip(Learned._fields, grads, alone, strict=True)
+        if float(b.norm()) > 0
+    }
+    return {
+        "objective": name,
+        "processes": len(sizes),
+        "sizes": sizes,
+        "loss": float(loss),
+        "loss_alone": float(loss_alone),
+        "gradient_ratio": float(ours.norm() / theirs.norm()),
+        "cosine": float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0)),
+        "relative_difference": largest,
+    }
+
+
+def work(rank: int, plan: list[list[int]], dtype: torch.dtype, folder: str) -> None:
+    """One process: for every plan in which it takes part, first alone, then as a member of the group."""
+    torch.set_num_threads(1)
+    rows = []
+    for sizes in plan:
+        if rank >= len(sizes):
+            continue
+        alone = {name: gradients(objective, sizes, None, dtype) for name, objective in OBJECTIVES.items()}
+        meeting = f"file://{folder}/meeting-{'-'.join(map(str, sizes))}"
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=len(sizes))
+        rows += [compare(name, sizes, rank, dtype, alone[name]) for name in OBJECTIVES]
+        distributed.barrier()
+        distributed.destroy_process_group()
+    if rank == 0:
+        with writing(Path(folder) / "rows.json") as path:
+            path.write_text(json.dumps(rows))
+
+
+def measure(plan: list[list[int]], dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+    """Rows of the table for each list of shard sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (plan, dtype, folder), nprocs=max(len(sizes) for sizes in plan))
+        return json.loads((Path(folder) / "rows.json").read_text())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    worlds = sorted({row["processes"] for row in rows})
+    width = max(len(row["objective"]) for row in rows)
+    lines = [f"{'objective':{width}}  " + "  ".join(f"{f'ratio W={w}':>11}  {f'cosine W={w}':>11}" for w in worlds)]
+    for name in dict.fromkeys(row["objective"] for row in rows):
+        mine = {row["processes"]: row for row in rows if row["objective"] == name}
+        cells = [f"{mine[w]['gradient_ratio']:11.6f}  {mine[w]['cosine']:11.6f}" for w in worlds]
+        lines.append(f"{name:{width}}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sizes", action="append", help="rows of each process, for example 5,3; may be repeated")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--out", default=str(OUT), help='where to write the JSON record ("-": nowhere)')
+    arguments = parser.parse_args()
+    plan = [[int(n) for n in sizes.split(",")] for sizes in arguments.sizes or []] or [list(s) for s in SIZES]
+    rows = measure(plan, getattr(torch, arguments.dtype))
+    print(table(rows))
+    if arguments.out != "-":
+        out = Path(arguments.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        environment = {"torch": torch.__version__, "python": platform.python_version(), "backend": "gloo"}
+        record = {
+            "benchmark": "distributed_gradient",
+            "dtype": arguments.dtype,
+            "environment": environment,
+            "rows": rows,
+        }
+        with writing(out) as path:
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,470 @@
+"""The command line: one vocabulary for every method. Imports nothing heavy until a subcommand needs it."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from counterpoint.errors import CounterpointError, InputError, nearest
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status (0 fine, 1 a check failed, 2 bad input, 130 Ctrl-C)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        import counterpoint
+
+        print(counterpoint.__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in COMMANDS:
+            raise InputError(f'no command "{name}"{nearest(name, COMMANDS)}; counterpoint --help lists them')
+        logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+        logging.getLogger("counterpoint").setLevel(logging.INFO)
+        return COMMANDS[name][0](rest)
+    except CounterpointError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"{place}{error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def overview() -> str:
+    lines = [
+        "counterpoint: contrastive representation learning in every modality",
+        "",
+        "usage: counterpoint COMMAND [options]        counterpoint COMMAND --help",
+        "",
+    ]
+    return "\n".join(lines + [f"  {name:<11}{about}" for name, (_, about) in COMMANDS.items()])
+
+
+def methods(argv: list[str]) -> int:
+    parser = _parser("methods", "The methods: number, name, domain, status and evidence.")
+    parser.add_argument("--json", action="store_true", help="the 49 methods of the catalogue as a JSON list")
+    options = parser.parse_args(argv)
+    from counterpoint.methods import BASELINES, CATALOGUE
+    from counterpoint.results import parity, study
+
+    keys = ("verdict", "effect", "ci", "record")
+    rows = []
+    for entry in (*CATALOGUE,) if options.json else (*BASELINES, *CATALOGUE):
+        found = study(entry.slug)
+        rows.append(
+            {
+                "number": entry.number,
+                "slug": entry.slug,
+                "title": entry.title,
+                "domain": entry.domain,
+                "status": entry.status,
+                "parity": parity(entry.slug),
+                "study": {key: found[key] for key in keys} if found else None,
+            }
+        )
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(f"{'':>3} {'name':<23}{'domain':<16}{'status':<9}{'parity':<9}{'study':<16}title")
+    for row in rows:
+        golden = f"{row['parity']['passed']}/{sum(row['parity'].values())}" if row["parity"] else "-"
+        verdict = row["study"]["verdict"].replace("_", " ") if row["study"] else "-"
+        print(
+            f"{row['number'] or '':>3} {row['slug']:<23}{row['domain']:<16}{row['status']:<9}{golden:<9}{verdict:<16}"
+            f"{row['title']}"
+        )
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    from counterpoint import recipes
+    from counterpoint.train import fit, resume
+
+    argv, folder = _take(argv, "--resume")
+    if folder is not None:
+        name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+        changes = _pairs(argv)
+        data = changes.pop("data", None) if _on_array(folder) else None
+        changes |= {"method": recipes.experiment(name).method} if name else {}
+        run = resume(folder, data, changes=changes)
+        return _after_training(run)
+    argv, config = _take(argv, "--config")
+    written = _read_config(config) if config else {}
+    if argv and not argv[0].startswith("-"):
+        name, argv = argv[0], argv[1:]
+    elif "method" in written:
+        name = written["method"]
+    else:
+        print(
+            "usage: counterpoint train NAME [--data D] [--option value ...]   NAME is a method or a recipe\n"
+            "       counterpoint train --resume RUN\n"
+            "       counterpoint train NAME --help            every option of that method\n"
+            "       counterpoint train NAME --print_config    the resolved configuration as YAML\n\n"
+            "recipes: " + ", ".join(recipes.entries())
+        )
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    written.pop("method", None)
+    for key in ("views", "other_views"):
+        argv, value = _take(argv, f"--{key}")
+        written |= {key: value} if value else {}
+    recipe = recipes.experiment(name, **written)
+    chosen = _train_options(name, recipe, argv)
+    data = chosen.pop("data")
+    if data is None:
+        raise InputError(f"{name} needs data: --data FOLDER, or one of the recipes {', '.join(_with_data(name))}")
+    if not _given("--image_size", argv) and "image_size" not in recipe.model and "image_size" in chosen:
+        chosen["image_size"] = _size_for(data, chosen["image_size"])
+    options = {key: chosen.pop(key) for key in [*recipes.fit_options(), "run"]}
+    experiment = recipes.Experiment(name, recipe.method, chosen, data, options)
+    folder = options.pop("run")
+    if folder is None:
+        from counterpoint.train.run import new_folder
+
+        folder = new_folder(name)
+        folder.rmdir()
+    command = "counterpoint train " + " ".join([name, *_quoted(sys.argv[3:])]) if len(sys.argv) > 2 else None
+    run = fit(experiment.build(options["seed"]), data, run=folder, command=command, **options)
+    return _after_training(run)
+
+
+def evaluate(argv: list[str]) -> int:
+    parser = _parser("evaluate", "Measure a run by the protocols that fit its data.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--data", help="other data than the run was trained on")
+    parser.add_argument("--protocol", nargs="+", help="only these protocols")
+    options = parser.parse_args(argv)
+    from counterpoint.evaluate.runs import evaluate as measure
+    from counterpoint.train import Run
+
+    run = Run.open(options.run)
+    show_results(measure(run, options.data, protocols=options.protocol))
+    print(f"\nwritten to {run.folder / 'evaluation.json'}; next: counterpoint report {run.folder}")
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    parser = _parser("compare", "Train methods at one budget and seed by seed; other --options apply to all of them.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="recipes or methods")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", default="runs/compare", help="folder of the runs; finished ones are reused")
+    parser.add_argument("--record", help="also write results/comparisons/NAME.json and its plot")
+    options, rest = parser.parse_known_args(argv)
+    from counterpoint import results
+    from counterpoint.studies import compare as side_by_side
+
+    comparison = side_by_side(options.names, seeds=options.seeds, out=options.out, changes=_pairs(rest))
+    _show_comparison(comparison)
+    results.save(Path(options.out) / "comparison.json", comparison.to_dict())
+    plot = comparison.plot(Path(options.out) / "comparison.svg")
+    print(f"\nplot: {plot}")
+    if options.record:
+        folder = results.folder() / "comparisons"
+        results.save(folder / f"{options.record}.json", comparison.to_dict())
+        comparison.plot(folder / f"{options.record}.svg")
+    return 0
+
+
+def reproduce(argv: list[str]) -> int:
+    parser = _parser("reproduce", "Re-run the central claim of a paper: paired runs, effect with interval, verdict.")
+    parser.add_argument("slug", help="method of the catalogue")
+    parser.add_argument("--budget", default="cpu", help="size of the study: cpu, gpu, or another that it names")
+    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the study's")
+    parser.add_argument("--out", default="runs/studies", help="folder of the runs; finished ones are reused")
+    parser.add_argument("--no-save", action="store_true", help="do not write the record into results/")
+    options = parser.parse_args(argv)
+    from counterpoint.studies import reproduce as run_study
+
+    record = run_study(
+        options.slug, budget=options.budget, seeds=options.seeds, out=options.out, save=not options.no_save
+    )
+    print(record["claim"])
+    for name, arm in record["arms"].items():
+        values = "  ".join(f"{value:.2f}" for value in arm["values"])
+        print(f"  {name:<16}{arm['mean']:7.2f}   {record['metric']}, by seed: {values}")
+    for item in record["expectations"]:
+        between = f"[{item['ci'][0]:+.2f}, {item['ci'][1]:+.2f}]" if item["ci"] else "(one seed: no interval)"
+        print(f"  {'holds' if item['holds'] else 'fails':<7}{item['expect']}   margin {item['margin']:+.2f} {between}")
+    print(f"{record['slug']}: {record['verdict'].replace('_', ' ')}")
+    return 0
+
+
+def embed(argv: list[str]) -> int:
+    parser = _parser("embed", "Embeddings of a data set under a run's encoder, as an .npz file.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--data", required=True, help="known name, folder, .npz or .npy file")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--out", default="vectors.npz")
+    options = parser.parse_args(argv)
+    import numpy as np
+
+    from counterpoint.atomic import writing
+    from counterpoint.data import load
+    from counterpoint.train import Run
+
+    method = Run.open(options.run).model()
+    items = load(options.data, options.split, size=method.stored_size)
+    arrays = {"vector": method.encode(items)}
+    if items.label is not None:
+        arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes)}
+    if items.paths:
+        arrays["path"] = np.array(items.paths)
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    with writing(options.out) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    count, width = arrays["vector"].shape
+    print(f"{options.out}: {count:,} vectors of {width} dimensions ({', '.join(arrays)})")
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    parser = _parser("export", "Write a trained encoder for other programs, and check that it loads back.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--to", required=True, help="safetensors or timm")
+    parser.add_argument("--out", help="file or folder; default inside the run")
+    options = parser.parse_args(argv)
+    from counterpoint.export import export as write
+    from counterpoint.train import Run
+
+    path, difference = write(Run.open(options.run), options.to, options.out)
+    print(f"{path}: loaded back, largest difference {difference:.1e}")
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    parser = _parser("report", "One self-contained HTML file about a run.")
+    parser.add_argument("run", help="run folder")
+    options = parser.parse_args(argv)
+    from counterpoint.report import write
+
+    print(write(Path(options.run)))
+    return 0
+
+
+def parity(argv: list[str]) -> int:
+    parser = _parser("parity", "Compare our functions with numbers from the official code.")
+    parser.add_argument("directory", help="folder of golden cases (NAME.npz + NAME.json), searched through")
+    parser.add_argument("--save", action="store_true", help="write results/parity.json")
+    options = parser.parse_args(argv)
+    from counterpoint.parity import run
+
+    return run(options.directory, save=options.save).status
+
+
+def demo(argv: list[str]) -> int:
+    parser = _parser("demo", "Train SimCLR on embedded handwriting, test it on unseen alphabets, write a report.")
+    parser.add_argument("--run", help="run folder; default runs/demo-N")
+    parser.add_argument("--epochs", type=int, help="fewer passes for a quicker look")
+    options = parser.parse_args(argv)
+    from counterpoint.evaluate.runs import evaluate as measure
+    from counterpoint.recipes import experiment
+    from counterpoint.report import write
+    from counterpoint.train import fit
+    from counterpoint.train.run import new_folder
+
+    recipe = experiment("simclr-omniglot", **({"epochs": options.epochs} if options.epochs else {}))
+    folder = Path(options.run) if options.run else new_folder("demo")
+    if options.run is None:
+        folder.rmdir()
+    print(
+        "SimCLR learns from 4,840 handwritten characters of 8 alphabets. It sees no label: not which character a drawing\n"
+        "shows, not which alphabet. Then it meets alphabets it has never seen, and must recognise a character from one example.\n"
+    )
+    run = fit(recipe.build(0), recipe.data, run=folder, command="counterpoint train simclr-omniglot", **recipe.fit)
+    if run.interrupted:
+        return _after_training(run)
+    show_results(measure(run))
+    print("\nthe data set's own hand-made baseline (modified Hausdorff distance) has 61.2 % right; chance is 5 %")
+    print(f"report: {write(run.folder)}   (open it in a browser)")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "methods": (methods, "the methods, with domain, status and evidence"),
+    "train": (train, "train a method or recipe; --resume RUN goes on with one"),
+    "evaluate": (evaluate, "measure a run by the protocols that fit its data"),
+    "compare": (compare, "several methods at one budget: table and plot"),
+    "reproduce": (reproduce, "a paper's central claim: paired runs, interval, verdict"),
+    "embed": (embed, "embeddings of a data set as a file"),
+    "export": (export, "the trained encoder as safetensors or timm folder"),
+    "report": (report, "one HTML file about a run"),
+    "parity": (parity, "compare with numbers from the official code"),
+    "demo": (demo, "three minutes of handwriting, from training to report"),
+}
+
+
+def show_results(results: Sequence[Any]) -> None:
+    """A table: one row a protocol and subject."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("protocol", "of", "value", "95 % interval", "n"):
+        table.add_column(column, justify="right" if column in ("value", "n") else "left")
+    for result in results:
+        share = result.metric == "accuracy"
+        between = f"{result.ci[0]:.1f} to {result.ci[1]:.1f}" if result.ci else ""
+        value = f"{result.value:.1f} %" if share else f"{result.value:.2f} {result.metric}"
+        strong = "bold" if result.subject == "trained" else ""
+        table.add_row(result.protocol, result.subject, value, between, f"{result.n:,}", style=strong)
+    Console().print(table)
+    for note in dict.fromkeys(result.detail["note"] for result in results if "note" in result.detail):
+        print(f"test items {note}")
+
+
+def _show_comparison(comparison: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("")
+    for protocol in comparison.protocols:
+        table.add_column(protocol, justify="right")
+    table.add_column("minutes", justify="right")
+    table.add_column("memory MB", justify="right")
+    for row in comparison.rows():
+        cells = [f"{row[p]['mean']:.2f} ± {row[p]['deviation']:.2f}" for p in comparison.protocols]
+        cost = [f"{row['minutes']:.2f}", f"{row['memory_mb']:,}"] if "minutes" in row else ["", ""]
+        table.add_row(row["name"], *cells, *cost)
+    Console().print(table)
+
+
+def _after_training(run: Any) -> int:
+    if run.interrupted:
+        print(f"stopped; go on with: counterpoint train --resume {run.folder}", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{run.folder}: trained; next: counterpoint evaluate {run.folder}")
+    return 0
+
+
+def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
+    """Typed flags of one method and of `fit`, parsed."""
+    import jsonargparse
+
+    from counterpoint import methods
+    from counterpoint.train import fit
+    from counterpoint.train.method import plain
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"counterpoint train {name}", description=f"Train {recipe.method}.", exit_on_error=False
+    )
+    parser.add_argument("--data", type=str | None, default=recipe.data, help="known name, folder, .npz or .npy file")
+    parser.add_class_arguments(methods.get(recipe.method))
+    parser.add_function_arguments(fit, skip={"method", "data", "command"})
+    parser.set_defaults({**{key: plain(value) for key, value in recipe.model.items()}, **recipe.fit})
+    known = [option for action in parser._actions for option in action.option_strings]
+    for token in argv:
+        option = token.split("=", 1)[0]
+        if option.startswith("--") and option not in known and option != "--print_config":
+            raise InputError(f"{name} has no option {option}{nearest(option, known)}")
+    printing = "--print_config" in argv
+    try:
+        values = parser.parse_args([token for token in argv if token != "--print_config"])
+    except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
+        message = str(getattr(error, "message", error)).strip().splitlines()
+        raise InputError(f"{name}: {' '.join(line.strip() for line in message)}") from error
+    if printing:
+        print(f"method: {recipe.method}\n" + parser.dump(values), end="")
+        raise SystemExit(0)
+    built = parser.instantiate_classes(values)
+    return {key: built[key] for key in vars(built)}
+
+
+def _parser(name: str, about: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"counterpoint {name}", description=about)
+
+
+def _take(argv: list[str], option: str) -> tuple[list[str], str | None]:
+    """Remove ``option VALUE`` (or ``option=VALUE``) and return what is left and the value."""
+    for place, token in enumerate(argv):
+        if token == option:
+            if place + 1 == len(argv):
+                raise InputError(f"{option} needs a value")
+            return argv[:place] + argv[place + 2 :], argv[place + 1]
+        if token.startswith(option + "="):
+            return argv[:place] + argv[place + 1 :], token.split("=", 1)[1]
+    return argv, None
+
+
+def _given(option: str, argv: list[str]) -> bool:
+    return any(token == option or token.startswith(option + "=") for token in argv)
+
+
+def _pairs(argv: list[str]) -> dict[str, Any]:
+    """``--key value`` pairs, values read as YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise InputError(f'"{token}" is no option; options look like --name value')
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise InputError(f"{token} needs a value")
+            value = rest.pop(0)
+        found[key] = yaml.safe_load(value)
+    return found
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """Options from a YAML file: what --print_config printed, or the config.yaml of a run."""
+    import yaml
+
+    try:
+        written = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(written, dict):
+        raise InputError(f"{path} holds no configuration: option: value lines are expected")
+    flat = {key: value for key, value in written.items() if key not in ("model", "fit", "command", "run")}
+    return {**flat, **written.get("model", {}), **written.get("fit", {})}
+
+
+def _with_data(name: str) -> list[str]:
+    from counterpoint.recipes import entries
+
+    return [key for key, entry in entries().items() if entry["method"] == name] or list(entries())[:3]
+
+
+def _size_for(data: str, most: int) -> int:
+    """Side of the views for data whose images are smaller than the method's default (larger ones stay at the default)."""
+    from counterpoint.data import load
+
+    items = load(data, size=None if not Path(data).is_dir() else most, limit=8)
+    side = max(items.image.shape[-2:]) if hasattr(items, "image") else most
+    return min(side, most)
+
+
+def _on_array(folder: str) -> bool:
+    from counterpoint.train import Run
+
+    return Run.open(folder).config["data"] is None
+
+
+def _quoted(tokens: Sequence[str]) -> list[str]:
+    from shlex import quote
+
+    return [quote(token) for token in tokens]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

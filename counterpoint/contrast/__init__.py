@@ -1,0 +1,66 @@
+"""The mathematics: pure functions of tensors; imports torch alone."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from counterpoint.contrast import distributed
+from counterpoint.contrast.geometry import alignment, effective_rank, uniformity
+from counterpoint.contrast.kernels import log_sum_exp
+from counterpoint.contrast.prediction import negative_cosine
+from counterpoint.contrast.relation import Listed, Mask, Relation, Same
+from counterpoint.contrast.sigmoid import sigmoid_loss
+from counterpoint.contrast.softmax import clip_loss, coupling, dcl, dclw, info_nce, nt_xent, sup_con, unit
+from counterpoint.errors import InputError, nearest
+
+Objective = Callable[..., Tensor]
+
+PAIR_OBJECTIVES: dict[str, Objective] = {
+    "info_nce": info_nce,
+    "nt_xent": nt_xent,
+    "dcl": dcl,
+    "dclw": dclw,
+    "clip_loss": clip_loss,
+    "sigmoid_loss": sigmoid_loss,
+}
+"""Objectives of two paired sets of embeddings, ``f(z1, z2, temperature=...)``: any method of pairs takes any of them."""
+
+
+def objective(name: str | Objective) -> Objective:
+    """The objective called `name`, or `name` itself when it is already a function.
+
+    Raises:
+        InputError: no objective has that name.
+    """
+    if callable(name):
+        return name
+    if name not in PAIR_OBJECTIVES:
+        hint = nearest(name, PAIR_OBJECTIVES) or f"; there are {', '.join(PAIR_OBJECTIVES)}"
+        raise InputError(f'no objective named "{name}"{hint}')
+    return PAIR_OBJECTIVES[name]
+
+
+__all__ = [
+    "PAIR_OBJECTIVES",
+    "Listed",
+    "Mask",
+    "Objective",
+    "Relation",
+    "Same",
+    "alignment",
+    "clip_loss",
+    "coupling",
+    "dcl",
+    "dclw",
+    "distributed",
+    "effective_rank",
+    "info_nce",
+    "log_sum_exp",
+    "negative_cosine",
+    "nt_xent",
+    "objective",
+    "sigmoid_loss",
+    "sup_con",
+    "uniformity",
+    "unit",
+]

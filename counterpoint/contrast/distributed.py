@@ -1,0 +1,80 @@
+"""One primitive for contrast over processes: gather with gradient, so that local rows meet global columns.
+
+Every rank computes ``world_size / N_global * sum over its own rows``. The backward of the gather sums what all ranks
+say about a row, and data-parallel training averages over ranks, so the gradient equals that of one process that holds
+the whole batch, exactly, also when ranks hold different numbers of rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+class Gathered(NamedTuple):
+    """Rows of all ranks in rank order, where this rank's rows start in them, and how many ranks there are."""
+
+    rows: Tensor
+    start: int
+    ranks: int
+
+
+def world_size() -> int:
+    """Number of processes that contrast together: 1 unless a process group exists."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place among them."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather(local: Tensor) -> Gathered:
+    """Rows ``[n_r, ...]`` of every rank, stacked ``[sum n_r, ...]``; gradients return to the rank that owns the row."""
+    if world_size() == 1:
+        return Gathered(local, 0, 1)
+    sizes = _sizes(len(local), local.device)
+    return Gathered(_Gather.apply(local, sizes), sum(sizes[: rank()]), len(sizes))
+
+
+def gather_plain(local: Tensor) -> Gathered:
+    """As `gather`, without gradient (queues, labels, statistics)."""
+    if world_size() == 1:
+        return Gathered(local.detach(), 0, 1)
+    sizes = _sizes(len(local), local.device)
+    return Gathered(_all_gather(local.detach(), sizes), sum(sizes[: rank()]), len(sizes))
+
+
+def _sizes(n: int, device: torch.device) -> list[int]:
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    sizes[rank()] = n
+    dist.all_reduce(sizes)
+    return sizes.tolist()
+
+
+def _all_gather(local: Tensor, sizes: list[int]) -> Tensor:
+    longest = max(sizes)
+    padded = local.new_zeros((longest, *local.shape[1:]))
+    padded[: len(local)] = local
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local, sizes):
+        ctx.sizes = sizes
+        return _all_gather(local, sizes)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        parts = gradient.contiguous().split(ctx.sizes)
+        if dist.get_backend() == "nccl" and len(set(ctx.sizes)) == 1:
+            own = torch.empty_like(parts[rank()])
+            dist.reduce_scatter(own, [part.contiguous() for part in parts])
+            return own, None
+        total = gradient.contiguous().clone()  # gloo has no reduce-scatter: sum everything, keep the own rows
+        dist.all_reduce(total)
+        return total.split(ctx.sizes)[rank()], None

@@ -1,0 +1,24 @@
+"""Losses without negatives: a prediction should point where its target points."""
+
+from torch import Tensor
+
+from counterpoint.contrast.softmax import _check_pair, reduce, unit
+
+
+def negative_cosine(prediction: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    r"""Minus the cosine between prediction and target, which is a constant: :math:`-\cos(p_i, \mathrm{stop}(z_i))`.
+
+    BYOL's squared distance of unit vectors is 2 plus twice this value.
+
+    Source: Chen and He 2021 (arXiv 2011.10566), eq. 1; Grill et al. 2020 (arXiv 2006.07733), eq. 2.
+
+    Args:
+        prediction: ``[N, d]``.
+        target: ``[N, d]``; no gradient flows into it.
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        InputError: wrong shape or type.
+    """
+    _check_pair(prediction, target, 1.0)
+    return reduce(-(unit(prediction) * unit(target.detach())).sum(1), reduction)

@@ -1,0 +1,119 @@
+"""Who relates to whom: relations between N rows and M columns, as data that a tiled pass can read tile by tile.
+
+A relation never holds N x M entries unless it was given as a matrix. `Listed` holds a few columns per row (self, the
+positive, an ignore list), `Same` holds one integer per row and per column (labels, clusters, sample ids). They combine
+with ``|``, ``&`` and ``~``.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Relation(ABC):
+    """A set of (row, column) pairs."""
+
+    @abstractmethod
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        """Boolean tile ``[rows, columns]``: does the relation hold for each pair?"""
+
+    def fill_(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
+        """Write `value` into `tile` (the entries of ``rows x columns``) wherever the relation holds."""
+        return tile.masked_fill_(self.holds(rows, columns), value)
+
+    def __or__(self, other: "Relation") -> "Relation":
+        return Either(self, other)
+
+    def __and__(self, other: "Relation") -> "Relation":
+        return Both(self, other)
+
+    def __invert__(self) -> "Relation":
+        return Not(self)
+
+
+class Listed(Relation):
+    """Row i relates to the columns ``index[i]``.
+
+    Args:
+        index: int64 ``[N]`` or ``[N, P]``; -1 stands for "none".
+    """
+
+    def __init__(self, index: Tensor):
+        self.index = index if index.ndim == 2 else index[:, None]
+
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        tile = torch.zeros(
+            rows.stop - rows.start, columns.stop - columns.start, dtype=torch.bool, device=self.index.device
+        )
+        return self.fill_(tile, rows, columns, True)
+
+    def fill_(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
+        here = self.index[rows]
+        inside = (here >= columns.start) & (here < columns.stop)
+        row, place = inside.nonzero(as_tuple=True)
+        tile[row, here[row, place] - columns.start] = value
+        return tile
+
+
+class Same(Relation):
+    """Row i relates to column j when ``row_ids[i] == column_ids[j]`` (labels, clusters, sample ids)."""
+
+    def __init__(self, row_ids: Tensor, column_ids: Tensor):
+        self.row_ids, self.column_ids = row_ids, column_ids
+
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        return self.row_ids[rows, None] == self.column_ids[None, columns]
+
+
+class Mask(Relation):
+    """A relation given in full as a boolean matrix ``[N, M]`` (the one form whose size is quadratic)."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix.bool()
+
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        return self.matrix[rows, columns]
+
+
+class Either(Relation):
+    """Pairs in one relation or the other."""
+
+    def __init__(self, first: Relation, second: Relation):
+        self.first, self.second = first, second
+
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        return self.first.holds(rows, columns) | self.second.holds(rows, columns)
+
+    def fill_(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
+        return self.second.fill_(self.first.fill_(tile, rows, columns, value), rows, columns, value)
+
+
+class Both(Relation):
+    """Pairs in both relations."""
+
+    def __init__(self, first: Relation, second: Relation):
+        self.first, self.second = first, second
+
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        return self.first.holds(rows, columns) & self.second.holds(rows, columns)
+
+
+class Transposed(Relation):
+    """The relation seen from the other side: pairs (column, row)."""
+
+    def __init__(self, inner: Relation):
+        self.inner = inner
+
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        return self.inner.holds(columns, rows).T
+
+
+class Not(Relation):
+    """Pairs outside a relation."""
+
+    def __init__(self, inner: Relation):
+        self.inner = inner
+
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        return ~self.inner.holds(rows, columns)

@@ -1,0 +1,489 @@
+r"""The softmax family: every loss is an attraction towards positives plus a log-sum-exp over all that counts.
+
+.. math:: \ell_i = -\sum_j P_{ij} s_{ij}/\tau + \log \sum_j W_{ij} \exp(s_{ij}/\tau)
+
+The first term costs O(N d); the second stands on `counterpoint.contrast.kernels` and never holds an N x M matrix.
+
+Shared conventions: inputs are L2-normalised inside unless ``normalize=False``; ``reduction`` is ``"mean"``, ``"sum"``
+or ``"none"`` (per row); float32 accumulation whatever the input; under a process group, local rows meet the columns of
+every rank, and the gradient averaged over ranks equals the single-process gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from counterpoint.contrast.distributed import Gathered, gather, gather_plain, world_size
+from counterpoint.contrast.kernels import log_sum_exp
+from counterpoint.contrast.relation import Listed, Mask, Relation, Same, Transposed
+from counterpoint.errors import InputError
+
+Temperature = float | Tensor
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of `x` on the unit sphere (at least float32); a row of zeros stays zero and receives no gradient."""
+    x = _wide(x)
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm < 1e-12, torch.inf)  # a floor of 1e-12 would multiply its gradient by 1e12
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    positives: Tensor | None = None,
+    negatives: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    ignore: Relation | Tensor | None = None,
+    in_batch: bool = True,
+    decoupled: bool = False,
+    symmetric: bool = False,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Each query picks its key among all keys (van den Oord et al. 2018, arXiv 1807.03748, eq. 4).
+
+    .. math:: \ell_i = -\frac{1}{|P_i|}\sum_{p \in P_i} \frac{s_{ip}}{\tau} + \log \sum_{j} \exp(s_{ij}/\tau)
+
+    The candidates j are the keys, the shared `negatives` and the query's own `hard_negatives`.
+
+    Args:
+        query: ``[N, d]``.
+        key: ``[M, d]``.
+        temperature: scalar (or 0-d tensor, learnable), or one value per query ``[N]``.
+        positives: which keys are positive: None pairs row i with key i; int64 ``[N]`` or ``[N, P]`` lists key rows
+            (-1 pads); bool ``[N, M]`` marks them. Several positives are averaged outside the log.
+        negatives: shared extra keys ``[K, d]``, for example a queue.
+        hard_negatives: extra keys of each query alone ``[N, S, d]``.
+        ignore: pairs of the batch that do not count (false negatives): a relation or bool ``[N, M]``. Positives always
+            count.
+        in_batch: do the other keys of the batch count as negatives? MoCo says no: only the queue does.
+        decoupled: leave positives out of the denominator (DCL, arXiv 2110.06848).
+        symmetric: average with the loss of keys picking queries (needs the default pairing).
+        label_smoothing: share of the target spread evenly over all candidates.
+        normalize: cosine similarity (True) or plain dot product.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        Scalar, or ``[N]`` with ``reduction="none"``.
+
+    Raises:
+        InputError: wrong shape or type, a query without positive, or no candidate left in a denominator.
+    """
+    _check_pair(query, key, temperature)
+    if symmetric:
+        if positives is not None or negatives is not None or hard_negatives is not None or not in_batch:
+            raise InputError("symmetric=True needs the default pairing: no positives, negatives or in_batch=False")
+        return _both_ways(query, key, temperature, ignore, decoupled, label_smoothing, normalize, reduction)
+    if positives is None and len(query) != len(key):
+        raise InputError(
+            f"query has {len(query)} rows and key {len(key)}: row i is paired with row i, so pass positives= to say "
+            "which keys belong to which query"
+        )
+    if label_smoothing and ignore is not None:
+        raise InputError("label_smoothing spreads the target over all keys, also those to ignore: use one of the two")
+    ready = unit if normalize else _wide
+    query, key = ready(query), ready(key)
+    if negatives is not None:
+        _check_matrix(negatives, "negatives")
+        _check_dimensions(negatives, "negatives", query)
+        negatives = ready(negatives)
+    if hard_negatives is not None:
+        if hard_negatives.ndim != 3 or len(hard_negatives) != len(query):
+            raise InputError(f"hard_negatives must be [{len(query)}, S, d], not {list(hard_negatives.shape)}")
+        _check_dimensions(hard_negatives, "hard_negatives", query)
+        hard_negatives = ready(hard_negatives)
+    keys = gather(key) if in_batch else Gathered(key, 0, 1)
+    index, relation = _positives(positives, len(query), keys, len(key))
+    logits = _positive_logits(query, keys.rows, index, positives, keys.start, temperature)
+
+    parts: list[Tensor] = []
+    count: int | Tensor = 0
+    mean_logit = query.new_zeros(len(query))
+    if in_batch:
+        without = _ignored(ignore, relation, decoupled, keys, len(query), len(key))
+        parts.append(log_sum_exp(query, keys.rows, temperature=temperature, without=without))
+        count, mean_logit = _add_candidates(count, mean_logit, query, keys.rows, temperature)
+    elif not decoupled:
+        parts.append(logits.logsumexp(1))
+        if label_smoothing:
+            present = logits.isfinite()
+            count, mean_logit = present.sum(1), logits.masked_fill(~present, 0).sum(1)
+    if negatives is not None:
+        parts.append(log_sum_exp(query, negatives, temperature=temperature))
+        count, mean_logit = _add_candidates(count, mean_logit, query, negatives, temperature)
+    if hard_negatives is not None:
+        hard = _divide(_einsum("nd,nsd->ns", query, hard_negatives), temperature)
+        parts.append(hard.logsumexp(1))
+        count, mean_logit = count + hard.shape[1], mean_logit + hard.sum(1)
+    if not parts:
+        raise InputError("no negatives: in_batch=False and decoupled=True leave nothing in the denominator")
+    if decoupled and negatives is None and hard_negatives is None and keys.rows.shape[0] < 2:
+        raise InputError("decoupled contrast of one pair has no negatives: use a batch of at least 2")
+    normaliser = torch.stack(parts).logsumexp(0) if len(parts) > 1 else parts[0]
+    if decoupled and (positives is not None or ignore is not None) and bool(normaliser.isneginf().any()):
+        raise InputError("decoupled contrast left a query without negatives: positives and ignore cover all its keys")
+
+    present = logits.isfinite()
+    attraction = logits.masked_fill(~present, 0).sum(1) / present.sum(1).clamp(min=1)
+    if label_smoothing:
+        attraction = (1 - label_smoothing) * attraction + label_smoothing * mean_logit / count
+    return reduce(normaliser - attraction, reduction)
+
+
+def nt_xent(
+    z1: Tensor, z2: Tensor, *, temperature: Temperature = 0.1, normalize: bool = True, reduction: str = "mean"
+) -> Tensor:
+    r"""Two views of each item; every other row of both views is a negative (SimCLR, arXiv 2002.05709, eq. 1).
+
+    .. math:: \ell_i = -\frac{s_{i,i'}}{\tau} + \log \sum_{j \ne i} \exp(s_{ij}/\tau), \quad i \in 1 \dots 2N
+
+    Args:
+        z1: ``[N, d]`` embeddings of the first view.
+        z2: ``[N, d]`` embeddings of the second view; row i belongs to row i.
+        temperature: scalar or 0-d tensor.
+        normalize: cosine similarity (True) or plain dot product.
+        reduction: "mean" over the 2N anchors, "sum", or "none" ``[2N]`` (first view's anchors first).
+
+    Raises:
+        InputError: wrong shape or type, or a batch of one (it has no negative).
+    """
+    query, keys, pair = _two_views(z1, z2, temperature, normalize)
+    without = Listed(_own(query, keys))
+    normaliser = log_sum_exp(query, _other(query, keys), temperature=temperature, without=without)
+    return reduce(normaliser - _divide(pair, temperature), reduction)
+
+
+def dcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    weighted: bool = False,
+    sigma: float = 0.5,
+    detach_weight: bool = True,
+    one_way: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""NT-Xent without the positive in the denominator (Yeh et al. 2022, arXiv 2110.06848, eq. 6).
+
+    .. math:: \ell_i = -w_i \frac{s_{i,i'}}{\tau} + \log \sum_{j \notin \{i, i'\}} \exp(s_{ij}/\tau)
+
+    The coupling factor :math:`q_i = 1 - p(\text{positive})` that multiplies every NT-Xent gradient is gone, so small
+    batches and easy positives keep their learning signal. The loss may be negative.
+
+    Args:
+        z1: ``[N, d]``, first view.
+        z2: ``[N, d]``, second view.
+        temperature: scalar or 0-d tensor.
+        weighted: DCLW: :math:`w_i = 2 - N \,\mathrm{softmax}_i(s_{i,i'}/\sigma)`, mean 1, larger for hard positives.
+        sigma: temperature of that weight.
+        detach_weight: treat the weight as a constant.
+        one_way: anchors from the first view only (rows ``[N]`` instead of ``[2N]``).
+        normalize: cosine similarity (True) or plain dot product.
+        reduction: "mean" over anchors (the average of both directions), "sum" or "none".
+
+    Raises:
+        InputError: wrong shape or type, or a batch of one (the log-sum would be empty).
+    """
+    query, keys, pair = _two_views(z1, z2, temperature, normalize)
+    own = _own(query, keys)
+    half = len(z1)
+    partner = torch.cat([own[:half] + half, own[half:] - half])
+    other: Tensor | None = _other(query, keys)
+    weight = _dclw_weight(pair[:half], sigma, detach_weight).repeat(2) if weighted else 1.0
+    without = torch.stack([own, partner], dim=1)
+    if one_way:
+        query, pair, without, other = query[:half], pair[:half], without[:half], keys.rows
+        weight = weight[:half] if isinstance(weight, Tensor) else weight
+    normaliser = log_sum_exp(query, other, temperature=temperature, without=Listed(without))
+    return reduce(normaliser - _divide(weight * pair, temperature), reduction)
+
+
+def dclw(z1: Tensor, z2: Tensor, *, temperature: Temperature = 0.1, sigma: float = 0.5, **options) -> Tensor:
+    """`dcl` with its von Mises-Fisher weight on the positives: ``dcl(..., weighted=True)``."""
+    return dcl(z1, z2, temperature=temperature, weighted=True, sigma=sigma, **options)
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    mean: str = "outside",
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Everything with the anchor's label is a positive (Khosla et al. 2020, arXiv 2004.11362, eq. 2 and 3).
+
+    .. math::
+        \text{outside: } \ell_i = -\frac{1}{|P_i|} \sum_{p \in P_i} \frac{s_{ip}}{\tau}
+            + \log \sum_{j \ne i} e^{s_{ij}/\tau} \qquad
+        \text{inside: } \ell_i = -\log \frac{1}{|P_i|} \sum_{p \in P_i} e^{s_{ip}/\tau}
+            + \log \sum_{j \ne i} e^{s_{ij}/\tau}
+
+    The outside form needs no pairwise positives: the mean over them is a class sum, O(N d).
+
+    Args:
+        features: ``[N, d]``, or ``[N, V, d]`` with V views of each item.
+        labels: int64 ``[N]``.
+        temperature: scalar or 0-d tensor.
+        mean: "outside" or "inside" the logarithm.
+        normalize: cosine similarity (True) or plain dot product.
+        reduction: "mean" over anchors that have a positive (0 when none has), "sum", or "none" (0 for anchors without
+            a positive); rows are view-major: ``[V * N]``.
+
+    Raises:
+        InputError: wrong shape or type, or an unknown `mean`.
+    """
+    if mean not in ("outside", "inside"):
+        raise InputError(f'mean must be "outside" or "inside", not "{mean}"')
+    items = len(features)
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels must be an integer tensor, not {type(labels).__name__}")
+    if labels.is_floating_point() or labels.shape != (items,):
+        raise InputError(f"labels must be integers [{items}], one per item, not {labels.dtype} {list(labels.shape)}")
+    if features.ndim == 3:
+        labels = labels.repeat(features.shape[1])
+        features = features.transpose(0, 1).flatten(0, 1)
+    _check_matrix(features, "features")
+    _check_temperature(temperature, 1)
+    x = unit(features) if normalize else _wide(features)
+    keys, everyone = gather(x), gather_plain(labels).rows
+    own = _own(x, keys)
+    normaliser = log_sum_exp(x, _other(x, keys), temperature=temperature, without=Listed(own))
+    _, group = torch.unique(everyone, return_inverse=True)
+    mine = group[keys.start : keys.start + len(x)]
+    positives = torch.bincount(group, minlength=len(everyone))[mine] - 1
+    if mean == "outside":
+        sums = x.new_zeros(len(everyone), x.shape[1]).index_add(0, group, keys.rows)
+        attraction = _divide((x * (sums[mine] - x)).sum(1) / positives.clamp(min=1), temperature)
+    else:
+        apart = ~Same(mine, group) | Listed(own)
+        attraction = log_sum_exp(x, _other(x, keys), temperature=temperature, without=apart)
+        attraction = attraction - positives.clamp(min=1).to(x.dtype).log()
+    return reduce(torch.where(positives > 0, normaliser - attraction, 0.0), reduction, positives > 0)
+
+
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: Temperature = 0.07,
+    label_smoothing: float = 0.0,
+    ignore: Relation | Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Images pick their texts and texts their images, averaged (Radford et al. 2021, arXiv 2103.00020, figure 3).
+
+    .. math::
+        \ell_i = \tfrac12 \Big[ -2\frac{s_{ii}}{\tau} + \log\sum_j e^{s_{ij}/\tau} + \log\sum_j e^{s_{ji}/\tau} \Big]
+
+    One process computes both normalisers in one pass over the similarities.
+
+    Args:
+        image: ``[N, d]``.
+        text: ``[N, d]``; row i belongs to row i.
+        temperature: scalar or 0-d tensor; a learned logit scale s is ``temperature=1 / s``.
+        label_smoothing: share of the target spread evenly over all candidates.
+        ignore: pairs that do not count (duplicate captions): a relation or bool ``[N, N]``, symmetric in meaning.
+        normalize: cosine similarity (True) or plain dot product.
+        reduction: "mean", "sum" or "none" ``[N]``.
+
+    Raises:
+        InputError: wrong shape or type.
+    """
+    return info_nce(
+        image,
+        text,
+        temperature=temperature,
+        symmetric=True,
+        ignore=ignore,
+        label_smoothing=label_smoothing,
+        normalize=normalize,
+        reduction=reduction,
+    )
+
+
+def coupling(z1: Tensor, z2: Tensor, *, temperature: Temperature = 0.1) -> Tensor:
+    r"""NT-Xent's negative-positive coupling :math:`q_i = 1 - p_i(\text{positive})` of every anchor ``[2N]``.
+
+    It multiplies the gradient that NT-Xent sends through term i; near 0 nothing is learned from that anchor
+    (arXiv 2110.06848, proposition 1). Without gradient.
+    """
+    with torch.no_grad():
+        return 1 - torch.exp(-nt_xent(z1, z2, temperature=temperature, reduction="none"))
+
+
+def reduce(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
+    """Reduce per-row losses; `counted` (bool, same shape) marks the rows that a mean divides by.
+
+    Under a process group "mean" returns ``world_size * local sum / global count``, whose average over ranks (of value
+    and of gradient) is the global mean.
+    """
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction != "mean":
+        raise InputError(f'reduction must be "mean", "sum" or "none", not "{reduction}"')
+    count = loss.new_tensor(float(len(loss))) if counted is None else counted.sum().to(loss.dtype)
+    ranks = world_size()
+    if ranks > 1:
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+    return loss.sum() * ranks / count.clamp(min=1)
+
+
+def _both_ways(query, key, temperature, ignore, decoupled, label_smoothing, normalize, reduction) -> Tensor:
+    options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "normalize": False, "reduction": reduction}
+    if len(query) != len(key):
+        raise InputError(f"row i is paired with row i, but there are {len(query)} and {len(key)} rows")
+    query, key = (unit(query), unit(key)) if normalize else (_wide(query), _wide(key))
+    per_row = isinstance(temperature, Tensor) and temperature.numel() > 1
+    if world_size() > 1 or per_row or label_smoothing or decoupled:
+        there = info_nce(query, key, temperature=temperature, ignore=ignore, **options)
+        back = info_nce(key, query, temperature=temperature, ignore=_transposed(ignore), **options)
+        return (there + back) / 2
+    keys = Gathered(key, 0, 1)
+    without = _ignored(ignore, Listed(torch.arange(len(query), device=query.device)), False, keys, len(query), len(key))
+    row, column = log_sum_exp(query, key, temperature=temperature, without=without, columns=True)
+    return reduce((row + column) / 2 - _divide((query * key).sum(1), temperature), reduction)
+
+
+def _two_views(z1, z2, temperature, normalize) -> tuple[Tensor, Gathered, Tensor]:
+    """Anchors of both views ``[2N, d]``, the rows of all ranks, and each anchor's similarity to its partner."""
+    _check_matrix(z1, "z1")
+    _check_matrix(z2, "z2")
+    _check_temperature(temperature, 1)
+    if z1.shape != z2.shape:
+        raise InputError(f"z1 and z2, the two views, must have one shape, not {list(z1.shape)} and {list(z2.shape)}")
+    z1, z2 = (unit(z1), unit(z2)) if normalize else (_wide(z1), _wide(z2))
+    query = torch.cat([z1, z2])
+    keys = gather(query)
+    if len(keys.rows) < 4:
+        raise InputError("a batch of one item has no negatives: use a batch of at least 2")
+    return query, keys, (z1 * z2).sum(1).repeat(2)
+
+
+def _own(query: Tensor, keys: Gathered) -> Tensor:
+    return torch.arange(keys.start, keys.start + len(query), device=query.device)
+
+
+def _other(query: Tensor, keys: Gathered) -> Tensor | None:
+    """None, the kernel's word for "the queries themselves", where one process holds all rows."""
+    return keys.rows if keys.ranks > 1 else None
+
+
+def _dclw_weight(similarity: Tensor, sigma: float, detach: bool) -> Tensor:
+    everyone = gather(similarity).rows
+    weight = 2 - torch.exp(similarity / sigma - (everyone / sigma).logsumexp(0)) * len(everyone)
+    return weight.detach() if detach else weight
+
+
+def _positives(positives, n, keys: Gathered, local: int) -> tuple[Tensor | None, Relation]:
+    """Positives as key rows of all ranks ``[N, P]`` (None when a mask lists them) and as a relation."""
+    device = keys.rows.device
+    if positives is None:
+        index = torch.arange(keys.start, keys.start + n, device=device)[:, None]
+        return index, Listed(index)
+    if positives.dtype == torch.bool:
+        if positives.shape != (n, local):
+            raise InputError(f"positives must mark queries x keys, [{n}, {local}], not {list(positives.shape)}")
+        if not bool(positives.any(1).all()):
+            raise InputError("positives leaves a query without any positive key")
+        wide = torch.zeros(n, len(keys.rows), dtype=torch.bool, device=device)
+        wide[:, keys.start : keys.start + local] = positives
+        return None, Mask(wide)
+    index = positives[:, None] if positives.ndim == 1 else positives
+    if index.is_floating_point() or index.ndim != 2 or len(index) != n:
+        raise InputError(f"positives must be int64 [{n}], int64 [{n}, P] or bool [{n}, {local}]")
+    if bool((index >= local).any()) or not bool((index >= 0).any(1).all()):
+        raise InputError(f"positives must list, for every query, at least one key row below {local}")
+    index = torch.where(index < 0, -1, index + keys.start)
+    return index, Listed(index)
+
+
+def _positive_logits(query, keys, index, positives, start, temperature) -> Tensor:
+    """Logits of the positives ``[N, P]``, -inf where padded."""
+    if index is None:
+        wide = _divide(_einsum("nd,md->nm", query, keys[start : start + positives.shape[1]]), temperature)
+        return wide.masked_fill(~positives, -torch.inf)
+    if index.shape[1] == 1 and len(index) and bool(index.numel() == len(query)):
+        chosen = (query * keys[index[:, 0]]).sum(1, keepdim=True)
+    else:
+        chosen = _einsum("nd,npd->np", query, keys[index.clamp(min=0)])
+    return _divide(chosen, temperature).masked_fill(index < 0, -torch.inf)
+
+
+def _ignored(ignore, positives: Relation, decoupled: bool, keys: Gathered, n: int, local: int) -> Relation | None:
+    """Pairs that do not count in the denominator."""
+    if ignore is None:
+        return positives if decoupled else None
+    if isinstance(ignore, Tensor):
+        if ignore.shape != (n, local):
+            raise InputError(f"ignore must mark queries x keys, [{n}, {local}], not {list(ignore.shape)}")
+        wide = torch.zeros(n, len(keys.rows), dtype=torch.bool, device=keys.rows.device)
+        wide[:, keys.start : keys.start + local] = ignore.bool()
+        ignore = Mask(wide)
+    elif keys.ranks > 1:
+        raise InputError("a relation cannot say what to ignore on other processes: pass ignore as a bool matrix")
+    return ignore | positives if decoupled else ignore & ~positives
+
+
+def _transposed(ignore):
+    if ignore is None:
+        return None
+    return ignore.T if isinstance(ignore, Tensor) else Transposed(ignore)
+
+
+def _add_candidates(count, mean_logit, query, keys, temperature) -> tuple[int | Tensor, Tensor]:
+    return count + len(keys), mean_logit + _divide(_einsum("nd,d->n", query, keys.sum(0)), temperature)
+
+
+def _divide(similarity: Tensor, temperature: Temperature) -> Tensor:
+    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+        return similarity / temperature.reshape(-1, *[1] * (similarity.ndim - 1))
+    return similarity / (temperature.reshape(()) if isinstance(temperature, Tensor) else temperature)
+
+
+def _einsum(equation: str, *operands: Tensor) -> Tensor:
+    """`torch.einsum` in the operands' own precision: autocast would halve it."""
+    with torch.autocast(operands[0].device.type, enabled=False):
+        return torch.einsum(equation, *operands)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_matrix(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
+        what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"{name} must be a floating-point tensor [rows, dimensions], not {what}")
+    if 0 in x.shape:
+        raise InputError(f"{name} is empty: {list(x.shape)}")
+
+
+def _check_pair(query: Tensor, key: Tensor, temperature: Temperature) -> None:
+    _check_matrix(query, "query")
+    _check_matrix(key, "key")
+    _check_dimensions(key, "key", query)
+    _check_temperature(temperature, 1, len(query))
+
+
+def _check_dimensions(x: Tensor, name: str, query: Tensor) -> None:
+    if x.shape[-1] != query.shape[1]:
+        raise InputError(f"{name} has {x.shape[-1]} dimensions and query {query.shape[1]}: they must agree")
+
+
+def _check_temperature(temperature: Temperature, *sizes: int) -> None:
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise InputError(f"temperature must be positive, not {temperature}")
+    if isinstance(temperature, Tensor) and temperature.numel() not in sizes:
+        what = "one value" if len(sizes) == 1 else f"one value or one per query ({sizes[-1]})"
+        raise InputError(f"temperature must be {what}, not {temperature.numel()}")

@@ -1,0 +1,142 @@
+"""Which protocols fit a run's data, each on the trained encoder, the untrained one and raw pixels."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from counterpoint.atomic import writing
+from counterpoint.data import Images, load, omniglot
+from counterpoint.data.images import resize
+from counterpoint.errors import InputError
+from counterpoint.evaluate.protocols import Result, geometry, knn, linear_probe, one_shot, raw_pixels
+from counterpoint.train.method import Method
+from counterpoint.train.run import Run
+
+log = logging.getLogger("counterpoint")
+
+Encode = Callable[[Tensor], Tensor | np.ndarray]
+GALLERY = 1000
+
+
+def evaluate(run: Run, data: Any = None, *, protocols: list[str] | None = None) -> list[Result]:
+    """Measure a run by every protocol that fits its data, write ``evaluation.json`` and the gallery for the report.
+
+    Labels, where there are any, serve the protocols only: training has not seen them. The classifiers of kNN and
+    linear probe are fitted on the training items and scored on held-out ones: the data set's own test part, else a
+    stratified fifth of the images (whose pixels, not labels, the training did see; the result says so).
+
+    Args:
+        run: a finished (or interrupted) run.
+        data: evaluate on other data than the run was trained on.
+        protocols: only these.
+
+    Returns:
+        One result for each protocol and subject ("trained", "untrained", "raw pixels").
+
+    Raises:
+        InputError: data that fits no protocol, or a name that is no protocol.
+    """
+    known = ("one-shot-20way", "knn-200-0.1", "linear-offline", "geometry")
+    for name in protocols or ():
+        if name not in known:
+            raise InputError(f'no protocol named "{name}"; there are {", ".join(known)}')
+    config = run.config
+    source = config["data"] if data is None else data
+    if source is None:
+        raise InputError("this run was trained on an array: pass the data to evaluate it on")
+    trained = run.model()
+    subjects = [("trained", encoder_of(trained)), ("untrained", encoder_of(run.untrained())), ("raw pixels", pixels)]
+    if source == "omniglot":
+        found = list(_one_shot(subjects)) if wanted("one-shot-20way", protocols) else []
+        shown = _some_characters()
+    else:
+        limit = config["fit"]["limit"] if data is None else None
+        train, test, note = _parts(source, trained, limit, config["fit"]["seed"])
+        found = list(_classified(subjects, train, test, note, protocols)) if train.label is not None else []
+        if wanted("geometry", protocols):
+            found += list(_geometry(subjects, test, train.label is None))
+        shown = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:GALLERY])
+    run.write("evaluation.json", [result.to_dict() for result in found])
+    _save_gallery(run, shown, trained)
+    return found
+
+
+def encoder_of(method: Method, batch_size: int = 512) -> Encode:
+    """Embeddings of uint8 images ``[N, C, H, W]`` under `method`."""
+
+    def encode(images: Tensor) -> np.ndarray:
+        return method.encode(Images(images, name="images"), batch_size=batch_size)
+
+    return encode
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The baseline that learns nothing: pixels at a side of at most 35."""
+    return raw_pixels(images, min(35, images.shape[-1]))
+
+
+def wanted(name: str, protocols: list[str] | None) -> bool:
+    return protocols is None or name in protocols
+
+
+def _one_shot(subjects: list[tuple[str, Encode]]) -> Iterator[Result]:
+    runs = omniglot.runs()
+    for subject, encode in subjects:
+        yield one_shot(encode, runs, subject=subject)
+
+
+def _classified(subjects, train: Images, test: Images, note: str, protocols) -> Iterator[Result]:
+    assert train.label is not None and test.label is not None
+    vectors = [(subject, encode(train.image), encode(test.image)) for subject, encode in subjects]
+    for name, protocol in (("knn-200-0.1", knn), ("linear-offline", linear_probe)):
+        if not wanted(name, protocols):
+            continue
+        for subject, train_x, test_x in vectors:
+            result = protocol(train_x, train.label, test_x, test.label, subject=subject)
+            result.detail["chance"] = 100 * float(test.label.bincount().max()) / len(test)
+            if note:
+                result.detail["note"] = note
+            yield result
+
+
+def _geometry(subjects, test: Images, unlabelled: bool) -> Iterator[Result]:
+    for subject, encode in subjects:
+        shape = geometry(encode(test.image))
+        yield Result("geometry", "effective rank", shape["effective_rank"], None, len(test), subject, dict(shape))
+    if unlabelled:
+        log.warning("the data has no labels, so only the geometry of the embedding can be measured")
+
+
+def _parts(source: Any, method: Method, limit: int | None, seed: int) -> tuple[Images, Images, str]:
+    train = load(source, "train", size=method.stored_size, limit=limit, seed=seed, resident=True)
+    assert isinstance(train, Images)
+    try:
+        test = load(source, "test", size=method.stored_size, resident=True)
+        assert isinstance(test, Images)
+        return train, test, ""
+    except InputError:
+        first, second = train.split(0.2)
+        return first, second, "held out by us: a fifth of the images; training saw their pixels, not their labels"
+
+
+def _some_characters(count: int = 40) -> Images:
+    """All drawings of some characters, so that neighbours can be found."""
+    items = omniglot.load()
+    assert items.label is not None
+    some = torch.randperm(len(items.classes), generator=torch.Generator().manual_seed(0))[:count]
+    return items.subset(torch.isin(items.label, some))
+
+
+def _save_gallery(run: Run, items: Images, method: Method) -> None:
+    if len(items) < 2:
+        return
+    side = min(64, items.image.shape[-1])
+    arrays = {"image": resize(items.image, side).numpy(), "vector": encoder_of(method)(items.image)}
+    if items.label is not None:
+        arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes or [""])}
+    with writing(run.folder / "gallery.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)

@@ -1,0 +1,1 @@
+"""Image methods, one file a paper."""

@@ -1,0 +1,77 @@
+"""MoCo v2: negatives from a queue that a slowly moving encoder fills."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from counterpoint import contrast, encoders, memory
+from counterpoint.encoders import heads
+from counterpoint.train.method import Batch, Method
+from counterpoint.views import MOCO_V2, ImageViews
+
+
+class MoCo(Method):
+    r"""A query picks its key, made by a momentum copy of the encoder, among the keys of many earlier batches.
+
+    .. math::
+        \ell_i = -\frac{q_i \cdot k_i}{\tau}
+        + \log \Big( e^{q_i \cdot k_i / \tau} + \sum_{n \in \text{queue}} e^{q_i \cdot n / \tau} \Big)
+
+    The copy moves by :math:`\theta_k \leftarrow m\,\theta_k + (1 - m)\,\theta_q`, so that keys of different age agree.
+
+    When to use it: when many negatives help but the batch must stay small.
+
+    Defaults: MoCo v2: projector with a hidden layer, temperature 0.2, queue 65,536, momentum 0.999. A small data set
+    wants a queue well below its size (4,096) and a faster copy (0.99). The paper shuffles batches between GPUs so that batch
+    normalisation cannot leak which key belongs to which query; over several GPUs we synchronise the statistics instead.
+
+    Source: He et al. 2020 (arXiv 1911.05722), algorithm 1; Chen et al. 2020 (arXiv 2003.04297).
+
+    Args:
+        encoder: "convnet", "convnet-32", or any timm model.
+        image_size: side of the views in pixels; up to 64 a ResNet gets the small-image stem.
+        channels: 3 for colour, 1 for grey.
+        projection: hidden and output width of the projector.
+        temperature: of the softmax.
+        queue: number of keys kept.
+        momentum: of the key encoder.
+        views: the random views.
+        pretrained: start from timm's pretrained weights.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "resnet18",
+        image_size: int = 64,
+        channels: int = 3,
+        projection: tuple[int, int] = (2048, 128),
+        temperature: float = 0.2,
+        queue: int = 65536,
+        momentum: float = 0.999,
+        views: ImageViews = MOCO_V2,
+        pretrained: bool = False,
+    ):
+        super().__init__()
+        self.image_size, self.channels, self.temperature = image_size, channels, temperature
+        self.encoder = encoders.image(encoder, image_size=image_size, channels=channels, pretrained=pretrained)
+        self.projector = heads.moco_projector(self.encoder.dim, *projection)
+        self.key_encoder = memory.MomentumEncoder(self.encoder, momentum)
+        self.key_projector = memory.MomentumEncoder(self.projector, momentum)
+        self.queue = memory.Queue(projection[1], queue)
+        self.views = replace(views, size=image_size)
+
+    def loss(self, batch: Batch) -> Tensor:
+        query = self.projector(self.encoder(self.views(batch["image"])).pooled)
+        with torch.no_grad():
+            key = contrast.unit(self.key_projector(self.key_encoder(self.views(batch["image"])).pooled))
+        self.watch(query, key)
+        self.newest = key
+        return contrast.info_nce(query, key, negatives=self.queue.keys, in_batch=False, temperature=self.temperature)
+
+    def after_batch(self) -> None:
+        self.queue.enqueue(self.newest)
+
+    def after_step(self) -> None:
+        self.key_encoder.update(self.encoder)
+        self.key_projector.update(self.projector)

@@ -1,0 +1,64 @@
+"""SimCLR, the plainest contrast: two views of an image attract, all other images of the batch repel."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from counterpoint import contrast, encoders
+from counterpoint.encoders import heads
+from counterpoint.train.method import Batch, Method
+from counterpoint.views import SIMCLR, ImageViews
+
+
+class SimCLR(Method):
+    r"""Two views of an image attract each other, all other images in the batch repel.
+
+    .. math:: \ell_i = -\frac{s_{i,i'}}{\tau} + \log \sum_{j \ne i} \exp(s_{ij}/\tau)
+
+    with s the cosine similarity of projections; the projector is thrown away after training.
+
+    When to use it: the first thing to try on images. It wants large batches (256 and more), since they are its only
+    source of negatives; with small ones use DCL or MoCo.
+
+    Defaults: projector 2048-128 and views of the paper's appendix A and B; temperature 0.2, between the paper's 0.1
+    (ImageNet) and 0.5 (CIFAR-10). The paper's LARS, batch 4096 and 1000 epochs are a recipe, not a default.
+
+    Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations"
+    (arXiv 2002.05709), section 2.
+
+    Args:
+        encoder: "convnet", "convnet-32", or any timm model.
+        image_size: side of the views in pixels; up to 64 a ResNet gets the small-image stem.
+        channels: 3 for colour, 1 for grey; other data is converted.
+        projection: hidden and output width of the projector.
+        temperature: of the softmax.
+        objective: "nt_xent", or any other objective of two views by name ("dcl", "dclw", "info_nce", "sigmoid_loss").
+        views: the random views.
+        pretrained: start from timm's pretrained weights.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "resnet18",
+        image_size: int = 64,
+        channels: int = 3,
+        projection: tuple[int, int] = (2048, 128),
+        temperature: float = 0.2,
+        objective: str = "nt_xent",
+        views: ImageViews = SIMCLR,
+        pretrained: bool = False,
+    ):
+        super().__init__()
+        self.image_size, self.channels = image_size, channels
+        self.encoder = encoders.image(encoder, image_size=image_size, channels=channels, pretrained=pretrained)
+        self.projector = heads.simclr_projector(self.encoder.dim, *projection)
+        self.views = replace(views, size=image_size)
+        self.objective, self.temperature = contrast.objective(objective), temperature
+
+    def project(self, images: Tensor) -> Tensor:
+        return self.projector(self.encoder(images).pooled)
+
+    def loss(self, batch: Batch) -> Tensor:
+        z1, z2 = self.project(self.views(batch["image"])), self.project(self.views(batch["image"]))
+        self.watch(z1, z2)
+        return self.objective(z1, z2, temperature=self.temperature)

@@ -1,0 +1,69 @@
+"""SimSiam: BYOL without the momentum copy; the stopped gradient is enough."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from counterpoint import contrast, encoders
+from counterpoint.encoders import heads
+from counterpoint.train.method import Batch, Method
+from counterpoint.train.optimise import decay_groups
+from counterpoint.views import SIMSIAM, ImageViews
+
+
+class SimSiam(Method):
+    r"""Each view predicts the other view's projection, which is treated as a constant.
+
+    .. math:: \ell = -\tfrac12 \cos(p_1, \mathrm{stop}(z_2)) - \tfrac12 \cos(p_2, \mathrm{stop}(z_1))
+
+    When to use it: the leanest method in memory (no negatives, no copy, no queue), good with long trainings; watch
+    the effective rank, since with small encoders and short budgets it can collapse.
+
+    Defaults: projector of three layers 2048 wide with a last batch normalisation, predictor with a bottleneck of 512 whose
+    learning rate is not decayed (appendix B of the paper: a constant rate; here the group skips the schedule).
+
+    Source: Chen and He 2021 (arXiv 2011.10566), algorithm 1.
+
+    Args:
+        encoder: "convnet", "convnet-32", or any timm model.
+        image_size: side of the views in pixels; up to 64 a ResNet gets the small-image stem.
+        channels: 3 for colour, 1 for grey.
+        projection: hidden and output width of the projector.
+        layers: of the projector; the paper takes 2 on CIFAR-10.
+        bottleneck: hidden width of the predictor.
+        views: the random views.
+        pretrained: start from timm's pretrained weights.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "resnet18",
+        image_size: int = 64,
+        channels: int = 3,
+        projection: tuple[int, int] = (2048, 2048),
+        layers: int = 3,
+        bottleneck: int = 512,
+        views: ImageViews = SIMSIAM,
+        pretrained: bool = False,
+    ):
+        super().__init__()
+        self.image_size, self.channels = image_size, channels
+        self.encoder = encoders.image(encoder, image_size=image_size, channels=channels, pretrained=pretrained)
+        self.projector = heads.simsiam_projector(self.encoder.dim, *projection, layers=layers)
+        self.predictor = heads.simsiam_predictor(projection[1], bottleneck)
+        self.views = replace(views, size=image_size)
+
+    def loss(self, batch: Batch) -> Tensor:
+        z1, z2 = self.project(self.views(batch["image"])), self.project(self.views(batch["image"]))
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        self.watch(p1, z2)
+        return (contrast.negative_cosine(p1, z2) + contrast.negative_cosine(p2, z1)) / 2
+
+    def project(self, images: Tensor) -> Tensor:
+        return self.projector(self.encoder(images).pooled)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        decay = self.optimisation.weight_decay
+        fixed = [{**group, "schedule": "constant"} for group in decay_groups(self.predictor, decay)]
+        return decay_groups(self.encoder, decay) + decay_groups(self.projector, decay) + fixed

@@ -1,0 +1,108 @@
+"""Recipes: named, ready configurations. Data, not code; an entry says only what differs from the defaults."""
+
+import inspect
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from counterpoint.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one training needs: a method with its arguments, a data set, and how to fit."""
+
+    name: str
+    method: str
+    model: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    fit: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, seed: int) -> Any:
+        """The method, its weights drawn from `seed`."""
+        import torch
+
+        from counterpoint import methods
+        from counterpoint.train.method import construct
+
+        torch.manual_seed(seed)
+        return construct(methods.get(self.method), self.model)
+
+
+@cache
+def entries() -> dict[str, dict[str, Any]]:
+    """All recipes by name."""
+    import yaml
+
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(files(__package__).iterdir(), key=lambda item: item.name):
+        if file.name.endswith(".yaml"):
+            found |= yaml.safe_load(file.read_text())
+    return found
+
+
+def experiment(name: str, **changes: Any) -> Experiment:
+    """The recipe `name`, or the method `name` with its defaults, with `changes` on top.
+
+    Raises:
+        InputError: no such recipe or method, or a change that neither the method nor `fit` knows.
+    """
+    from counterpoint import methods
+
+    if name not in entries() and ":" not in name:
+        known = [*methods.names(), *entries()]
+        if name not in known:
+            planned = {line.slug for line in methods.CATALOGUE}
+            if name in planned:
+                methods.get(name)
+            raise InputError(f'no method or recipe named "{name}"{nearest(name, known)}')
+    recipe = {**entries().get(name, {"method": name}), **changes}
+    recipe.pop("about", None)
+    recipe.pop("budget", None)
+    method, data = recipe.pop("method"), recipe.pop("data", None)
+    return Experiment(name, method, *_sort(name, methods.get(method), recipe, data))
+
+
+def fit_options() -> dict[str, Any]:
+    """Name and default of every option of `fit` that a recipe may set."""
+    from counterpoint.train.fit import fit
+
+    parameters = inspect.signature(fit).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("run", "command")}
+
+
+def model_options(cls: type) -> dict[str, Any]:
+    """Name and default of every constructor argument of a method, those it hands on to its base included."""
+    options: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        plain = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        options = {p.name: p.default for p in plain} | options
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return options
+
+
+def _sort(name: str, cls: type, recipe: dict[str, Any], data: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    model, fit = model_options(cls), fit_options()
+    for key in recipe:
+        if key not in model and key not in fit:
+            raise InputError(
+                f'{name}: neither {cls.__name__} nor fit has an option "{key}"{nearest(key, [*model, *fit])}'
+            )
+    chosen = {key: _named_views(key, value) for key, value in recipe.items() if key in model}
+    return chosen, data, {key: value for key, value in recipe.items() if key not in model}
+
+
+def _named_views(key: str, value: Any) -> Any:
+    """View recipes may be named: ``views: simclr-small``."""
+    if not key.endswith("views") or not isinstance(value, str):
+        return value
+    from counterpoint import views
+
+    if value not in views.NAMED:
+        raise InputError(f'no views named "{value}"{nearest(value, views.NAMED)}; there are {", ".join(views.NAMED)}')
+    return views.NAMED[value]

@@ -1,0 +1,137 @@
+"""Any methods side by side: same data, encoder, budget and seeds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from counterpoint.errors import InputError
+from counterpoint.recipes import Experiment, experiment
+from counterpoint.studies.arms import interval, run_arm
+
+SHARED = ("data", "limit", "encoder", "image_size", "channels", "epochs", "batch_size", "precision")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out: for each name and protocol the values over seeds, and the rows that learned nothing."""
+
+    names: list[str]
+    seeds: list[int]
+    arms: dict[str, list[dict[str, Any]]]
+    shared: dict[str, Any]
+
+    @property
+    def protocols(self) -> list[str]:
+        return [name for name in next(iter(self.arms.values()))[0]["results"] if name != "geometry"]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a method (mean and standard deviation per protocol, minutes, memory); baselines first."""
+        rows: list[dict[str, Any]] = []
+        for subject in ("raw pixels", "untrained"):
+            row: dict[str, Any] = {"name": subject}
+            for protocol in self.protocols:
+                values = [arm["results"][protocol][subject] for arm in next(iter(self.arms.values()))]
+                row[protocol] = _spread(values)
+            rows.append(row)
+        for name in self.names:
+            arms = self.arms[name]
+            row = {"name": name, "minutes": interval([arm["minutes"] for arm in arms])[0]}
+            row["memory_mb"] = max(arm["memory_mb"] for arm in arms)
+            for protocol in self.protocols:
+                row[protocol] = _spread([arm["results"][protocol]["trained"] for arm in arms])
+            rows.append(row)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        from counterpoint.train.run import environment
+
+        machine = {name: value for name, value in environment().items() if name != "started"}
+        return {"shared": self.shared, "seeds": self.seeds, "rows": self.rows(), "environment": machine}
+
+    def plot(self, path: str | Path) -> Path:
+        """Dots for every seed and a bar at the mean, one panel a protocol."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        from counterpoint.atomic import writing
+
+        figure, panels = pyplot.subplots(
+            1, len(self.protocols), figsize=(4.2 * len(self.protocols), 0.45 * len(self.names) + 1.6), squeeze=False
+        )
+        for panel, protocol in zip(panels[0], self.protocols, strict=True):
+            rows = self.rows()
+            for height, row in enumerate(reversed(rows)):
+                values = row[protocol]["values"]
+                learned = "minutes" in row
+                panel.plot(values, [height] * len(values), "o", color="#2a6f97" if learned else "#9a9a9a", alpha=0.6)
+                panel.plot([row[protocol]["mean"]] * 2, [height - 0.3, height + 0.3], color="#222222", lw=1.5)
+            panel.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
+            panel.set_xlabel(f"{protocol} (%)")
+            panel.grid(axis="x", alpha=0.25)
+            panel.spines[["top", "right", "left"]].set_visible(False)
+        figure.tight_layout()
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path) as temporary:
+            figure.savefig(temporary, format=path.suffix.lstrip(".") or "svg")
+        pyplot.close(figure)
+        return path
+
+
+def compare(
+    names: list[str],
+    *,
+    seeds: list[int],
+    out: str | Path = "runs/compare",
+    changes: dict[str, Any] | None = None,
+) -> Comparison:
+    """Train and evaluate every named recipe or method at one budget.
+
+    Args:
+        names: recipes or methods.
+        seeds: of weights, order and views; the same for all.
+        out: where the runs go; finished ones are not run again.
+        changes: options for all of them, on top of their recipes.
+
+    Raises:
+        InputError: fewer than one name, or settings that make the comparison unfair (the difference is listed).
+    """
+    if not names or not seeds:
+        raise InputError("compare needs at least one method and one seed")
+    experiments = {name: experiment(name, **(changes or {})) for name in names}
+    shared = _shared(experiments)
+    arms: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for seed in seeds:
+        for name, arm in experiments.items():
+            arms[name].append(run_arm(arm, seed, Path(out) / f"{name}-seed{seed}"))
+    return Comparison(names, seeds, arms, shared)
+
+
+def _shared(experiments: dict[str, Experiment]) -> dict[str, Any]:
+    """Everything that a fair comparison holds fixed."""
+    from counterpoint import methods
+    from counterpoint.recipes import fit_options, model_options
+
+    settings = {}
+    for name, item in experiments.items():
+        defaults = {**fit_options(), **model_options(methods.get(item.method))}
+        settings[name] = {**defaults, **item.fit, **item.model, "data": item.data}
+    first, *others = settings
+    for other in others:
+        for key in SHARED:
+            if settings[first].get(key) != settings[other].get(key):
+                raise InputError(
+                    f"{first} and {other} differ in {key} ({settings[first].get(key)} and {settings[other].get(key)}), "
+                    f"so they cannot be compared fairly; give --{key} for both"
+                )
+    if settings[first]["data"] is None:
+        raise InputError("compare needs data: give --data")
+    return {key: settings[first].get(key) for key in SHARED}
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    mean = sum(values) / len(values)
+    deviation = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+    return {"mean": mean, "deviation": deviation, "values": values}

@@ -1,0 +1,183 @@
+"""A paper's claim, re-run: baseline and method differ in one decision, share everything else, and are paired by seed."""
+
+import ast
+import itertools
+import operator
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from counterpoint import results
+from counterpoint.errors import InputError, nearest
+from counterpoint.recipes import Experiment, experiment
+from counterpoint.studies.arms import interval, run_arm
+
+CELL = re.compile(r"\b([a-z_]+)@([\w.]+)\b|\b(baseline|method)\b")
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+@dataclass(frozen=True)
+class Study:
+    """An entry of ``studies/*.yaml``; see `vision.yaml` for the form."""
+
+    slug: str
+    claim: str
+    metric: str
+    effect: str
+    expect: list[str]
+    seeds: list[int]
+    budgets: dict[str, dict[str, dict[str, Any]]]
+    over: dict[str, list[Any]]
+    source: str = ""
+    diagnose: str | None = None
+
+    def arms(self, budget: str) -> dict[str, Experiment]:
+        """Every arm by its name: ``"method@32"``, or ``"method"`` when nothing varies."""
+        if budget not in self.budgets:
+            raise InputError(f'study {self.slug} has no budget "{budget}"; it has {", ".join(self.budgets)}')
+        found = {}
+        for arm, changes in self.budgets[budget].items():
+            changes = dict(changes)
+            name = changes.pop("recipe")
+            for values in itertools.product(*self.over.values()):
+                cell = arm + "".join(f"@{value}" for value in values)
+                found[cell] = experiment(name, **changes, **dict(zip(self.over, values, strict=True)))
+        return found
+
+
+@cache
+def entries() -> dict[str, Study]:
+    """All studies by slug."""
+    import yaml
+
+    found = {}
+    for file in files(__package__).iterdir():
+        if file.name.endswith(".yaml"):
+            for slug, entry in yaml.safe_load(file.read_text()).items():
+                found[slug] = Study(slug=slug, **{"over": {}, **entry})
+    return found
+
+
+def reproduce(
+    slug: str,
+    *,
+    budget: str = "cpu",
+    seeds: list[int] | None = None,
+    out: str | Path = "runs/studies",
+    save: bool = True,
+) -> dict[str, Any]:
+    """Run the study of a paper and judge it.
+
+    Every expectation must hold with its 95 % interval over seeds (Student's t on the paired differences) for the verdict
+    "reproduced"; anything else is "not_reproduced", with the numbers.
+
+    Args:
+        slug: the method.
+        budget: which size of the study.
+        seeds: other seeds than the study's (then nothing is recorded as its verdict unless there are at least 3).
+        out: where the runs go; finished ones are not run again.
+        save: write ``results/studies/SLUG[-BUDGET].json``.
+
+    Returns:
+        The record.
+
+    Raises:
+        InputError: no such study or budget.
+    """
+    if slug not in entries():
+        raise InputError(f'no study for "{slug}"{nearest(slug, entries())}; there are {", ".join(entries())}')
+    study = entries()[slug]
+    seeds = study.seeds if seeds is None else seeds
+    arms = study.arms(budget)
+    folder = Path(out) / slug / budget
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    for seed in seeds:
+        for name, arm in arms.items():
+            cells[name].append(run_arm(arm, seed, folder / f"{name}-seed{seed}", protocols=[study.metric]))
+    record = judge(study, budget, seeds, cells)
+    if save and len(seeds) >= 3:
+        suffix = "" if budget == "cpu" else f"-{budget}"
+        results.save(results.folder() / "studies" / f"{slug}{suffix}.json", record)
+    return record
+
+
+def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The record of a study from its finished arms."""
+    scores = {name: [arm["results"][study.metric]["trained"] for arm in arms] for name, arms in cells.items()}
+    per_seed = [{name: values[i] for name, values in scores.items()} for i in range(len(seeds))]
+    effect, ci = interval([value_of(study.effect, cell) for cell in per_seed])
+    expectations = []
+    for text in study.expect:
+        margin, margin_ci = interval([margin_of(text, cell) for cell in per_seed])
+        holds = margin_ci is not None and (margin_ci[0] >= 0 if ">=" in text or "<=" in text else margin_ci[0] > 0)
+        expectations.append({"expect": text, "margin": margin, "ci": margin_ci, "holds": holds})
+    first = next(iter(cells.values()))[0]["results"][study.metric]
+    environment = _environment()
+    return {
+        "slug": study.slug,
+        "claim": study.claim,
+        "budget": budget,
+        "metric": study.metric,
+        "seeds": seeds,
+        "effect_of": study.effect,
+        "effect": effect,
+        "ci": ci,
+        "expectations": expectations,
+        "verdict": "reproduced" if all(item["holds"] for item in expectations) else "not_reproduced",
+        "arms": {
+            name: {
+                "values": scores[name],
+                "mean": interval(scores[name])[0],
+                "config": {key: value for key, value in arms[0]["config"].items() if key != "seed"},
+                "minutes": [arm["minutes"] for arm in arms],
+                **({study.diagnose: [arm[study.diagnose] for arm in arms]} if study.diagnose else {}),
+            }
+            for name, arms in cells.items()
+        },
+        "reference": {subject: value for subject, value in first.items() if subject != "trained"},
+        "environment": environment,
+    }
+
+
+def value_of(text: str, cell: dict[str, float]) -> float:
+    """An arithmetic expression over arms, such as ``method@32 - baseline@32``, for one seed.
+
+    Raises:
+        InputError: a name that is no arm, or anything but numbers, + - * / and brackets.
+    """
+
+    def number(match: re.Match[str]) -> str:
+        if match.group(0) not in cell:
+            raise InputError(f'"{text}" names {match.group(0)}, which is no arm; there are {", ".join(cell)}')
+        return repr(cell[match.group(0)])
+
+    return _compute(ast.parse(CELL.sub(number, text), mode="eval").body, text)
+
+
+def margin_of(text: str, cell: dict[str, float]) -> float:
+    """By how much ``left > right`` (or >=, <, <=) holds for one seed; negative when it does not."""
+    parts = re.split(r"(>=|<=|>|<)", text)
+    if len(parts) != 3:
+        raise InputError(f'an expectation compares two sides, unlike "{text}"')
+    left, right = value_of(parts[0].strip(), cell), value_of(parts[2].strip(), cell)
+    return left - right if parts[1].startswith(">") else right - left
+
+
+def _compute(node: ast.AST, text: str) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return float(value)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_compute(operand, text)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_compute(left, text), _compute(right, text))
+    raise InputError(f'"{text}" may hold arms, numbers, + - * / and brackets only')
+
+
+def _environment() -> dict[str, Any]:
+    from counterpoint.train.run import environment
+
+    return {name: value for name, value in environment().items() if name != "started"}

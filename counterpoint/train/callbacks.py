@@ -1,0 +1,240 @@
+"""What happens around the steps: determinism, records, guards, progress, checkpoints."""
+
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from counterpoint import contrast
+from counterpoint.train.method import Diverged, Method
+
+BINS = 50
+
+
+class StepSeed(lightning.Callback):
+    """Every draw of a step comes from (seed, step, rank): resuming needs no generator state, only the step number."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Any, method: Any, batch: Any, batch_idx: int) -> None:
+        position = trainer.current_epoch * 1_000_003 + batch_idx
+        torch.manual_seed((self.seed * 2_147_483_647 + position * 1_009 + trainer.global_rank) % 2**63)
+
+
+class FiniteLoss(lightning.Callback):
+    """Stops at the first loss term that is not finite and names step and term; on a GPU it looks every few steps."""
+
+    def __init__(self, run: Path, every: int = 25):
+        self.run, self.every = run, every
+        self.seen: list[tuple[int, dict[str, Tensor]]] = []
+
+    def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((trainer.global_step, {name: term.detach() for name, term in method.terms.items()}))
+        if method.device.type == "cpu" or len(self.seen) >= self.every or trainer.is_last_batch:
+            self.check(trainer.current_epoch)
+
+    def check(self, epoch: int) -> None:
+        finite = torch.stack([torch.stack(list(terms.values())) for _, terms in self.seen]).isfinite()
+        if not bool(finite.all()):
+            row, place = (~finite).nonzero()[0].tolist()
+            step, terms = self.seen[row]
+            name = list(terms)[place]
+            raise Diverged(
+                f"{name} became {float(terms[name])} at step {step} (epoch {epoch}): lower lr, raise temperature or use "
+                f"--precision 32-true; the last checkpoint of {self.run} is from before"
+            )
+        self.seen.clear()
+
+
+class Recorder(lightning.Callback):
+    """Appends one JSON line per recorded step to metrics.jsonl, and passes the scalars to the loggers.
+
+    Every `every` steps: loss, rate, speed. Every `look` records also the geometry of the batch: histograms of positive
+    and negative cosine similarity (50 bins over -1..1), alignment, uniformity, effective rank of the projections.
+    """
+
+    def __init__(self, run: Path, every: int = 10, look: int = 2):
+        self.path, self.every, self.look = run / "metrics.jsonl", every, look
+        self.elapsed, self.mark, self.images = 0.0, 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"elapsed": self.elapsed + time.perf_counter() - self.mark if self.mark else self.elapsed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.elapsed = state["elapsed"]
+
+    def on_train_start(self, trainer: Any, method: Any) -> None:
+        self.start = self.mark = time.perf_counter()
+        if trainer.is_global_zero:
+            keep_until(self.path, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Any, method: Method, batch: Any, batch_idx: int) -> None:
+        method.watching = self._due(trainer, batch_idx) and (batch_idx // self.every) % self.look == 0
+
+    def on_train_batch_end(self, trainer: Any, method: Method, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.images += len(next(iter(batch.values()))) * trainer.world_size
+        if not self._due(trainer, batch_idx) or not trainer.is_global_zero:
+            return
+        now = time.perf_counter()
+        steps = trainer.num_training_batches
+        record = {
+            "step": trainer.global_step,
+            "epoch": round(trainer.current_epoch + (batch_idx + 1) / steps, 4),
+            "loss": total(method),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": round(self.images / max(now - self.mark, 1e-9), 1),
+            "time": round(self.elapsed + now - self.start, 3),
+        }
+        if len(method.terms) > 1:
+            record["terms"] = {name: float(value) for name, value in method.terms.items()}
+        if method.watched:
+            record |= geometry(**method.watched, temperature=getattr(method, "temperature", None))
+            method.watched = {}
+        for logger in trainer.loggers:
+            scalars = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            logger.log_metrics(scalars, step=trainer.global_step)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.elapsed += now - self.start
+        self.start = self.mark = time.perf_counter()
+        self.images = 0
+
+    def _due(self, trainer: Any, batch_idx: int) -> bool:
+        return batch_idx % self.every == 0
+
+
+class Checkpointer(lightning.Callback):
+    """Keeps ``checkpoints/last.safetensors``: at the end of an epoch at most every `seconds`, at the end, and on Ctrl-C."""
+
+    def __init__(self, run: Path, seconds: float = 30.0):
+        self.path, self.seconds = run / "checkpoints" / "last.safetensors", seconds
+        self.saved = time.perf_counter()
+        self.stopped = False
+
+    def on_train_start(self, trainer: Any, method: Any) -> None:
+        def stop(number: int, frame: Any) -> None:
+            self.stopped = True
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+        try:
+            self.before = signal.signal(signal.SIGINT, stop)
+        except ValueError:  # not in the main thread: nobody can press Ctrl-C there
+            self.before = None
+
+    def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        last = batch_idx + 1 == trainer.num_training_batches
+        final = last and trainer.current_epoch + 1 == trainer.max_epochs
+        waited = time.perf_counter() - self.saved
+        if self.stopped or final or (last and waited >= self.seconds) or waited >= 20 * max(self.seconds, 1):
+            trainer.save_checkpoint(self.path)
+            self.saved = time.perf_counter()
+        if self.stopped:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: Any, method: Any, stage: str) -> None:
+        if getattr(self, "before", None) is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+class Progress(lightning.Callback):
+    """One bar for the whole training: epoch, loss, speed, time left. Piped output gets a line per tenth instead."""
+
+    def on_train_start(self, trainer: Any, method: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        if not trainer.is_global_zero:
+            return
+        self.total = int(trainer.num_training_batches) * trainer.max_epochs
+        self.done = trainer.current_epoch * int(trainer.num_training_batches)
+        self.images, self.mark, self.said = 0, time.perf_counter(), -1
+        console = Console(stderr=True)
+        self.bar = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Bar(*columns, console=console, refresh_per_second=4)
+            self.bar.start()
+            self.task = self.bar.add_task("train", total=self.total, completed=self.done, status="")
+
+    def on_train_batch_end(self, trainer: Any, method: Method, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        steps = int(trainer.num_training_batches)
+        self.done = trainer.current_epoch * steps + batch_idx + 1
+        self.images += len(next(iter(batch.values()))) * trainer.world_size
+        now = time.perf_counter()
+        tenth = 10 * self.done // self.total
+        if (now - self.mark < 0.5 or not self.bar) and (self.bar or tenth == self.said) and self.done != self.total:
+            return
+        speed = self.images / max(now - self.mark, 1e-9)
+        status = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {total(method):.3f}  {speed:,.0f} images/s"
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, status=status)
+        else:
+            print(f"{100 * self.done // self.total:3d} %  {status}", file=sys.stderr, flush=True)
+            self.said = tenth
+        self.images, self.mark = 0, now
+
+    def teardown(self, trainer: Any, method: Any, stage: str) -> None:
+        if getattr(self, "bar", None):
+            self.bar.stop()
+
+
+def total(method: Method) -> float:
+    """The last batch's loss, its terms added up."""
+    return sum(float(term.detach()) for term in method.terms.values())
+
+
+def geometry(query: Tensor, key: Tensor, *, temperature: Any = None, most: int = 512) -> dict[str, Any]:
+    """How one batch of pairs lies on the sphere (at most `most` pairs, so that looking costs nothing noticeable).
+
+    With a temperature also `coupling`, the mean factor q = 1 - p(positive) that NT-Xent's gradients carry.
+    """
+    query, key = contrast.unit(query[:most]), contrast.unit(key[:most])
+    similarity = query @ key.T
+    off = ~torch.eye(len(query), dtype=torch.bool, device=query.device)
+    record = {
+        "positive": torch.histc(similarity.diagonal().clamp(-1, 1), BINS, -1, 1).int().tolist(),
+        "negative": torch.histc(similarity[off].clamp(-1, 1), BINS, -1, 1).int().tolist(),
+        "alignment": float(contrast.alignment(query, key)),
+        "effective_rank": float(contrast.effective_rank(query)),
+    }
+    if len(query) > 1:
+        record["uniformity"] = float(contrast.uniformity(query))
+        if temperature is not None:
+            record["coupling"] = float(contrast.coupling(query, key, temperature=temperature).mean())
+    return {name: value for name, value in record.items() if isinstance(value, list) or math.isfinite(value)}
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop records after `step` (and a half-written last line), so that a resumed run does not tell a step twice."""
+    from counterpoint.atomic import writing
+
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    with writing(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept))

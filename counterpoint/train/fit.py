@@ -1,0 +1,225 @@
+"""Training: Lightning underneath, a run folder as the result."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from counterpoint.data import load
+from counterpoint.errors import InputError
+from counterpoint.train.batches import Batches
+from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Progress, Recorder, StepSeed
+from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
+from counterpoint.train.method import Method
+from counterpoint.train.optimise import Optimisation
+from counterpoint.train.run import Run, describe, environment, make_folder, new_folder
+
+log = logging.getLogger("counterpoint")
+
+
+def fit(
+    method: Method,
+    data: Any,
+    *,
+    epochs: int = 100,
+    batch_size: int = 256,
+    optimizer: Literal["sgd", "lars", "adam", "adamw"] = "sgd",
+    lr: float = 0.06,
+    weight_decay: float = 5e-4,
+    momentum: float = 0.9,
+    warmup: float = 0.0,
+    schedule: Literal["cosine", "constant"] = "cosine",
+    accumulate: int = 1,
+    clip: float | None = None,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true",
+    device: Literal["auto", "cpu", "gpu"] = "auto",
+    devices: int = 1,
+    compile: bool = False,
+    workers: int = 2,
+    limit: int | None = None,
+    seed: int = 0,
+    run: str | Path | None = None,
+    logger: Literal["none", "tensorboard", "wandb"] = "none",
+    log_every: int = 10,
+    checkpoint_seconds: float = 30.0,
+    progress: bool = True,
+    command: str | None = None,
+) -> Run:
+    """Train a method on a data set and return its run.
+
+    The same seed on the same machine gives the same weights, also when the training was killed and resumed: the order
+    of an epoch is a function of (seed, epoch), and every random draw of a step one of (seed, step).
+
+    Args:
+        method: what to train.
+        data: known name, folder of images, array file, array or tensor; see `counterpoint.data.load`.
+        epochs: passes over the data.
+        batch_size: items per step over all devices; views come on top.
+        optimizer: update rule.
+        lr: peak learning rate, used as given.
+        weight_decay: on weights, not on biases and normalisation.
+        momentum: of sgd and lars.
+        warmup: share of all steps with linearly growing rate.
+        schedule: cosine to zero, or constant.
+        accumulate: batches per optimiser step. It adds no negatives: each batch contrasts only with itself.
+        clip: largest gradient norm.
+        precision: number format of the forward and backward pass.
+        device: where to train; auto takes a GPU when there is one.
+        devices: how many of them (data parallel, negatives from all).
+        compile: compile encoder and heads with torch.compile.
+        workers: decoding processes for image folders that do not fit in memory.
+        limit: train on a random subset of this many items.
+        seed: of the initial weights (when trained from the command line), the order and the views.
+        run: folder to create; default runs/METHOD-N.
+        logger: besides metrics.jsonl.
+        log_every: steps between records.
+        checkpoint_seconds: shortest time between two checkpoints.
+        progress: show the bar.
+        command: the command line, for the record.
+
+    Returns:
+        The run; ``run.interrupted`` is True after Ctrl-C.
+
+    Raises:
+        InputError: unusable data, option or folder.
+        Diverged: a loss that is not finite.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("method", "data", "run", "command")}
+    items = load(data, split="train", size=method.stored_size, limit=limit, seed=seed)
+    config = describe(method, _name(data), options, command)
+    _check(method, items, batch_size, accumulate)
+    if run is None:
+        folder = new_folder(config["method"].rsplit(":", 1)[-1].lower())
+    else:
+        folder = Path(run)
+        try:
+            make_folder(folder)
+        except FileExistsError:
+            raise InputError(
+                f"the run folder {folder} exists; choose another with --run, or go on with --resume {folder}"
+            ) from None
+    result = Run(folder, method)
+    result.write("config.yaml", config)
+    result.write("environment.json", environment())
+    return _train(result, method, items, options, resume=False)
+
+
+def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | None = None) -> Run:
+    """Go on with a run where its last checkpoint left it, exactly.
+
+    Args:
+        folder: the run.
+        data: needed only when the run was trained on an array or tensor.
+        changes: options someone asked for now; they must agree with the run's.
+
+    Raises:
+        InputError: no run, no checkpoint, or a different configuration (the difference is listed).
+    """
+    result = Run.open(folder)
+    config = result.config
+    different = []
+    known = {"method": config["method"], "data": config["data"], **config["model"], **config["fit"]}
+    for name, value in (changes or {}).items():
+        if name in known and known[name] != value:
+            different.append(f"{name}: {known[name]} in the run, {value} now")
+    if different:
+        raise InputError(f"{folder} was trained with another configuration ({'; '.join(different)}); start a new run")
+    if not result.checkpoint.is_file():
+        raise InputError(f"{folder} has no checkpoint yet: it was stopped before its first one; start again")
+    load_state(result.checkpoint)
+    options = config["fit"]
+    if data is None and config["data"] is None:
+        raise InputError(f"{folder} was trained on an array: pass the same data again")
+    method = result.untrained().train()
+    items = load(
+        config["data"] if data is None else data,
+        split="train",
+        size=method.stored_size,
+        limit=options["limit"],
+        seed=options["seed"],
+    )
+    result.method = method
+    return _train(result, method, items, options, resume=True)
+
+
+def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, resume: bool) -> Run:
+    import lightning
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    fields = ("optimizer", "lr", "momentum", "weight_decay", "warmup", "schedule")
+    method.optimisation = Optimisation(**{name: options[name] for name in fields})
+    torch.manual_seed(options["seed"])
+    checkpointer = Checkpointer(result.folder, options["checkpoint_seconds"])
+    callbacks: list[Any] = [
+        StepSeed(options["seed"]),
+        FiniteLoss(result.folder),
+        Recorder(result.folder, options["log_every"]),
+        checkpointer,
+    ]
+    if options["progress"]:
+        callbacks.append(Progress())
+    trainer = lightning.Trainer(
+        max_epochs=options["epochs"],
+        accelerator=options["device"],
+        devices=options["devices"],
+        strategy="ddp" if options["devices"] > 1 else "auto",
+        sync_batchnorm=options["devices"] > 1 and torch.cuda.is_available() and options["device"] != "cpu",
+        precision=options["precision"],
+        accumulate_grad_batches=options["accumulate"],
+        gradient_clip_val=options["clip"],
+        plugins=[SafeCheckpointIO()],
+        callbacks=callbacks,
+        logger=_logger(options["logger"], result.folder),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    batches = Batches.of(items, method, options["batch_size"], seed=options["seed"], workers=options["workers"]).to(
+        trainer.strategy.root_device, trainer.global_rank, trainer.world_size
+    )
+    if options["compile"]:
+        for part in method.children():
+            part.compile()
+    method.train()
+    trainer.fit(method, batches, ckpt_path=str(result.checkpoint) if resume else None)
+    result.interrupted = checkpointer.stopped
+    method.eval()
+    return result
+
+
+def _check(method: Method, items: Any, batch_size: int, accumulate: int) -> None:
+    if len(items) < 2 or batch_size < 2:
+        raise InputError(
+            f"contrast needs at least two items in a batch: the data has {len(items)}, batch_size is {batch_size}"
+        )
+    if batch_size > len(items):
+        log.warning("batch_size %d is larger than the data: using %d", batch_size, len(items))
+    if accumulate > 1:
+        log.warning(
+            "accumulate=%d averages gradients but adds no negatives: each batch of %d contrasts only with itself",
+            accumulate,
+            batch_size,
+        )
+
+
+def _name(data: Any) -> str | None:
+    return str(data) if isinstance(data, str | Path) else None
+
+
+def _logger(name: str, folder: Path) -> Any:
+    if name == "none":
+        return False
+    from lightning.pytorch import loggers
+
+    try:
+        if name == "tensorboard":
+            return loggers.TensorBoardLogger(folder, name="tensorboard", version="")
+        return loggers.WandbLogger(save_dir=folder)
+    except ModuleNotFoundError as error:
+        raise InputError(f"the {name} logger needs its package: pip install counterpoint[loggers]") from error

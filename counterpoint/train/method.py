@@ -1,0 +1,172 @@
+"""The base of every method: a thin LightningModule that knows `loss` and `embed`, and no training loop."""
+
+import dataclasses
+import inspect
+import typing
+from abc import abstractmethod
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from counterpoint.errors import CounterpointError, InputError
+from counterpoint.train.optimise import Optimisation, build_optimiser, decay_groups
+
+Batch = dict[str, Tensor]
+
+
+class Diverged(CounterpointError):
+    """A loss term stopped being a finite number."""
+
+
+class Method(lightning.LightningModule):
+    """What a paper's file fills in: parts in ``__init__``, the objective in `loss`, the embedding in `embed`.
+
+    Constructor arguments are typed; they are the method's configuration, its command-line flags and its documentation,
+    and they are recorded in `arguments` so that a run can rebuild the method.
+
+    Subclasses may also override `after_batch` (each batch, for a queue), `after_step` (each optimiser step, for a
+    momentum encoder) and `parameter_groups`.
+    """
+
+    uses_labels = False
+    """Whether the objective reads ``batch["label"]``."""
+
+    encoder: nn.Module
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Method":
+        method = super().__new__(cls)
+        signature = inspect.signature(cls.__init__)
+        bound = signature.bind(method, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(list(bound.arguments.items())[1:])
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(parameter.name, {}))
+        object.__setattr__(method, "arguments", arguments)
+        return method
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimisation = Optimisation()
+        self.watching = False
+        self.watched: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """The objective on one batch: a scalar, or named scalar terms whose sum is minimised."""
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Embeddings ``[B, D]`` of a batch as the world sees them: no random views, no projector."""
+        return self.encoder.embed(batch)
+
+    def after_batch(self) -> None:
+        """Called after every batch."""
+
+    def after_step(self) -> None:
+        """Called after every optimiser step."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups; by default weights with weight decay, biases and normalisation without."""
+        return decay_groups(self, self.optimisation.weight_decay)
+
+    def watch(self, query: Tensor, key: Tensor) -> None:
+        """Show paired embeddings of this batch to whoever looks (metrics, report); free unless a step is recorded."""
+        if self.watching:
+            self.watched = {"query": query.detach(), "key": key.detach()}
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, 0 to 1."""
+        total = self.trainer.estimated_stepping_batches
+        return min(1.0, self.global_step / total) if total else 1.0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.terms = loss if isinstance(loss, dict) else {self.__class__.__name__.lower() + " loss": loss}
+        return torch.stack(list(self.terms.values())).sum() if isinstance(loss, dict) else loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.after_batch()
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            self.after_step()
+
+    def configure_optimizers(self) -> Any:
+        return build_optimiser(self.parameter_groups(), self.optimisation, self.trainer.estimated_stepping_batches)
+
+    @torch.no_grad()
+    def encode(self, data: Any, *, split: str = "train", batch_size: int = 512) -> np.ndarray:
+        """Embeddings of a data set as a float32 array ``[N, D]``.
+
+        Args:
+            data: whatever `counterpoint.data.load` takes: a known name, a folder, a file of arrays, an array, a tensor.
+            split: which part of a data set that has several.
+            batch_size: items per forward pass.
+        """
+        from counterpoint.data import load
+        from counterpoint.train.batches import Batches
+
+        items = load(data, split=split, size=self.stored_size)
+        batches = Batches.of(items, self, batch_size, shuffle=False).to(self.device)
+        training = self.training
+        self.eval()
+        try:
+            return torch.cat([self.embed(self.to_device(batch)).float().cpu() for batch in batches]).numpy()
+        finally:
+            self.train(training)
+
+    @property
+    def stored_size(self) -> int | None:
+        """Side to which larger images are brought once, so that random crops still find detail in them."""
+        size = getattr(self, "image_size", None)
+        return None if size is None else 2 * size if size <= 112 else round(1.25 * size)
+
+    def to_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+
+def construct(cls: type[Method], arguments: dict[str, Any]) -> Method:
+    """Build a method from plain data (YAML): dictionaries become the data classes that the constructor names.
+
+    Raises:
+        InputError: an argument the constructor does not have.
+    """
+    from counterpoint.errors import nearest
+
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base) and issubclass(base, Method):
+            hints.update(typing.get_type_hints(base.__init__))
+    built = {}
+    for name, value in arguments.items():
+        if name not in hints:
+            raise InputError(f'{cls.__name__} has no argument "{name}"{nearest(name, hints)}')
+        built[name] = _typed(value, hints[name])
+    return cls(**built)
+
+
+def plain(value: Any) -> Any:
+    """The inverse of `construct` for one argument: data classes become dictionaries, tuples lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if callable(value):
+        return getattr(value, "__name__", str(value))
+    return value
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, type(int | str)) else (hint,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            inner = typing.get_type_hints(option)
+            return option(**{name: _typed(item, inner.get(name)) for name, item in value.items()})  # type: ignore[operator]
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            inside = typing.get_args(option)
+            inside = inside * len(value) if len(inside) != len(value) else inside
+            return tuple(_typed(item, kind) for item, kind in zip(value, inside, strict=False))
+    return value

@@ -1,0 +1,80 @@
+"""Optimisers and the warm-up + cosine schedule."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from counterpoint.errors import InputError
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How weights are updated.
+
+    `lr` is the peak rate as given to the optimiser: nothing scales it behind your back.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.06
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.0
+    schedule: str = "cosine"
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices and filters decay; biases and normalisation (vectors) do not (and LARS leaves them alone)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimiser(groups: list[dict[str, Any]], choice: Optimisation, total_steps: float) -> dict[str, Any]:
+    """Optimiser and per-step schedule in Lightning's form.
+
+    Args:
+        groups: parameter groups.
+        choice: optimiser "sgd" (momentum), "lars" (You et al. 2017), "adam" or "adamw"; schedule "cosine" (to zero
+            after a linear warm-up over the share `warmup` of all steps) or "constant".
+        total_steps: optimiser steps of the whole training.
+
+    Raises:
+        InputError: unknown optimiser or schedule.
+    """
+    groups = [group for group in groups if group["params"]]
+    device = groups[0]["params"][0].device.type
+    fused = {"fused": True} if device == "cuda" else {}
+    optimiser: torch.optim.Optimizer
+    match choice.optimizer:
+        case "sgd":
+            optimiser = torch.optim.SGD(groups, lr=choice.lr, momentum=choice.momentum, **fused)
+        case "adam":
+            optimiser = torch.optim.Adam(groups, lr=choice.lr, **fused)
+        case "adamw":
+            optimiser = torch.optim.AdamW(groups, lr=choice.lr, **fused)
+        case "lars":
+            from timm.optim.lars import Lars
+
+            optimiser = Lars(groups, lr=choice.lr, momentum=choice.momentum)
+        case unknown:
+            raise InputError(f'no optimizer named "{unknown}"; there are sgd, lars, adam, adamw')
+    if choice.schedule not in ("cosine", "constant"):
+        raise InputError(f'no schedule named "{choice.schedule}"; there are cosine, constant')
+    warm = round(choice.warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        if choice.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total_steps - warm)))
+
+    fixed = [group.pop("schedule", choice.schedule) == "constant" for group in optimiser.param_groups]
+    factors = [(lambda step: 1.0) if constant and choice.schedule == "cosine" else factor for constant in fixed]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factors)
+    return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,399 @@
+"""What the site builds from the package itself: method pages, reference sections, and formulas as MathML.
+
+MkDocs calls the `on_*` functions. Nothing here needs the network, and pages load no script for their formulas.
+
+- A line ``::: dotted.path`` becomes the signature and docstring of that object (Google style, with RST math).
+- A line ``<!-- methods -->`` becomes the table of methods.
+- ``$...$`` and ``$$...$$`` become MathML.
+- ``methods/`` gets an index and one page for every method that is ready.
+"""
+
+import dataclasses
+import html
+import inspect
+import re
+from importlib import import_module
+from typing import Any
+
+import yaml
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from counterpoint import methods, results
+from counterpoint.errors import InputError
+
+VERDICTS = {"reproduced": "reproduced", "not_reproduced": "not reproduced", "untestable": "cannot be tested here"}
+
+# ---- events ----------------------------------------------------------------------------------------------------------
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the method pages into the navigation where it says ``Methods``."""
+    pages: list[Any] = ["methods/index.md"]
+    pages += [{line.title.partition(":")[0]: f"methods/{line.slug}.md"} for line, _ in _ready()]
+    for section in config.nav or []:
+        if "Methods" in section:
+            section["Methods"] = pages
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that no file holds."""
+    files.append(File.generated(config, "methods/index.md", content=_index_page()))
+    for line, cls in _ready():
+        files.append(File.generated(config, f"methods/{line.slug}.md", content=_method_page(line, cls)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in reference sections and tables, then set formulas aside, where Markdown cannot touch them."""
+    markdown = re.sub(r"^<!-- methods -->$", lambda _: _methods_table("methods/"), markdown, flags=re.M)
+    markdown = re.sub(r"^::: ([\w.]+)$", lambda found: _reference(found[1]), markdown, flags=re.M)
+    formulas: list[str] = []
+    page.meta["formulas"] = formulas
+
+    def aside(found: re.Match[str]) -> str:
+        if found["code"]:
+            return found["code"]
+        block = found["block"] is not None
+        formulas.append(_mathml(found["block"] if block else found["inline"], block, page))
+        token = f"FORMULA{len(formulas) - 1}END"
+        return f"\n\n{token}\n\n" if block else token
+
+    return re.sub(
+        r"(?P<code>^```.*?^```|``.+?``|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$",
+        aside,
+        markdown,
+        flags=re.M | re.S,
+    )
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the formulas back."""
+    formulas = page.meta.get("formulas", [])
+    content = re.sub(
+        r"<p>FORMULA(\d+)END</p>", lambda found: f'<div class="formula">{formulas[int(found[1])]}</div>', content
+    )
+    return re.sub(r"FORMULA(\d+)END", lambda found: formulas[int(found[1])], content)
+
+
+def _mathml(latex: str, block: bool, page: Page) -> str:
+    try:
+        mathml = convert(" ".join(latex.split()), display="block" if block else "inline")
+        return mathml.replace("<mi>&#x02032;</mi>", "<mo>&#x02032;</mo>")  # a prime is no identifier
+    except Exception as error:
+        raise PluginError(f"{page.file.src_uri}: cannot set the formula {latex.strip()!r}: {error}") from error
+
+
+# ---- method pages ----------------------------------------------------------------------------------------------------
+
+
+def _ready() -> list[tuple[methods.Entry, type]]:
+    """Methods that can be imported now, baselines first."""
+    found = []
+    for line in (*methods.BASELINES, *methods.CATALOGUE):
+        try:
+            found.append((line, methods.get(line.slug)))
+        except (InputError, ImportError):
+            continue
+    return found
+
+
+def _index_page() -> str:
+    return (
+        "# Methods\n\n"
+        "Every method is one short file that states its choices; its page is made from that file, from the recipes and "
+        "from the tracked records. The command `counterpoint methods` prints the same list.\n\n" + _methods_table("")
+    )
+
+
+def _methods_table(to: str) -> str:
+    """Ready methods with their evidence, then the planned ones by domain."""
+    ready = _ready()
+    rows = ["## Ready\n", "| method | domain | golden cases | study |", "|---|---|---|---|"]
+    for line, _ in ready:
+        rows.append(
+            f"| [{line.title}]({to}{line.slug}.md) | {_words(line.domain)} | {_parity(line.slug)} | {_verdict(line.slug)} |"
+        )
+    done = {line.slug for line, _ in ready}
+    rows += ["", "## Planned\n", "| domain | methods |", "|---|---|"]
+    domains: dict[str, list[str]] = {}
+    for line in methods.CATALOGUE:
+        if line.slug not in done:
+            domains.setdefault(line.domain, []).append(f"{line.title.partition(':')[0]} ({line.number})")
+    rows += [f"| {_words(domain)} | {', '.join(names)} |" for domain, names in domains.items()]
+    return "\n".join(rows) + "\n\nThe number is a paper's place in the catalogue of 49.\n"
+
+
+def _parity(slug: str) -> str:
+    counts = results.parity(slug)
+    return "none recorded" if counts is None else f"{counts['passed']} of {sum(counts.values())}"
+
+
+def _verdict(slug: str) -> str:
+    found = results.study(slug)
+    return "none recorded" if found is None else VERDICTS[found["verdict"]]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _method_page(line: methods.Entry, cls: type) -> str:
+    text, sections = _docstring(cls)
+    place = "baseline" if line.number is None else f"paper {line.number} of 49"
+    module = cls.__module__
+    parts = [
+        f"# {line.title}\n",
+        f"`{line.slug}` · {_words(line.domain)} · {place}\n",
+        text,
+        "## Use\n",
+        f"```bash\ncounterpoint train {line.slug} --data photos/\n```\n",
+        f"```python\nimport counterpoint as cp\nfrom {module} import {cls.__name__}\n\n"
+        f'model = {cls.__name__}()\nrun = cp.fit(model, data="photos/", epochs=100)\nvectors = model.encode("photos/")\n```\n',
+        "## Arguments\n",
+        "Each is a constructor argument, a flag of `counterpoint train` and a key of a recipe.\n",
+        _arguments_table(_constructor(cls), _inherited(cls, sections)),
+        "## Recipes\n",
+        _recipes(line.slug),
+        "## Evidence\n",
+        _evidence(line.slug),
+        f"Source file: `{module.replace('.', '/')}.py`\n",
+    ]
+    return "\n".join(parts)
+
+
+def _constructor(cls: type) -> list[inspect.Parameter]:
+    """Arguments of a constructor, with those it hands on to its base."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        own = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        found = {p.name: p for p in own} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(found.values())
+
+
+def _inherited(cls: type, sections: dict[str, str]) -> dict[str, str]:
+    """What each argument means: the class's own words first, then its bases'."""
+    meaning: dict[str, str] = {}
+    for base in cls.__mro__[1:]:
+        if base.__doc__ and "Args:" in base.__doc__ and base.__module__.startswith("counterpoint"):
+            meaning = _entries(_docstring(base)[1].get("Args", "")) | meaning
+    return meaning | _entries(sections.get("Args", ""))
+
+
+def _recipes(slug: str) -> str:
+    found = []
+    for name, recipe in _all_recipes().items():
+        if recipe.get("method") == slug:
+            rest = {key: value for key, value in recipe.items() if key not in ("method", "about", "budget")}
+            found.append(
+                f"### {name}\n\n{recipe.get('about', '')}\n\n```yaml\n{yaml.safe_dump(rest, sort_keys=False)}```\n"
+            )
+    if not found:
+        return "None yet: the method's own defaults apply.\n"
+    return "An entry says only what differs from the defaults; run it with `counterpoint train NAME`.\n\n" + "\n".join(
+        found
+    )
+
+
+def _all_recipes() -> dict[str, dict[str, Any]]:
+    try:
+        return import_module("counterpoint.recipes").entries()
+    except ModuleNotFoundError:
+        return {}
+
+
+def _evidence(slug: str) -> str:
+    counts, study = results.parity(slug), results.study(slug)
+    said = []
+    if counts is None:
+        said.append("No golden cases of published code have been recorded for this method.")
+    else:
+        said.append(f"Golden cases of published code: {counts['passed']} passed, {counts['failed']} failed.")
+    if study is None:
+        said.append("No study has been recorded for it.")
+    else:
+        said += _study(study)
+    return "\n\n".join(said) + "\n"
+
+
+def _study(study: dict[str, Any]) -> list[str]:
+    """A recorded study in words and tables; a part that the record lacks is left out."""
+    said = [f"Study: **{VERDICTS[study['verdict']]}**."]
+    if study.get("claim"):
+        said.append(f"Claim: {study['claim']}")
+    if study.get("reason"):
+        said.append(str(study["reason"]))
+    arms, metric = study.get("arms"), study.get("metric", "value")
+    if arms:
+        rows = [f"| arm | {metric}, mean | by seed |", "|---|---|---|"]
+        for name, arm in arms.items():
+            values = ", ".join(f"{value:.2f}" for value in arm["values"])
+            rows.append(f"| {name} | {arm['mean']:.2f} | {values} |")
+        said.append("\n".join(rows))
+    if study.get("expectations"):
+        rows = ["| expected | margin | 95 % interval | holds |", "|---|---|---|---|"]
+        for item in study["expectations"]:
+            margin = f"{item['margin']:+.2f}" if item.get("margin") is not None else ""
+            rows.append(
+                f"| `{item['expect']}` | {margin} | {_interval(item.get('ci'))} | {'yes' if item['holds'] else 'no'} |"
+            )
+        said.append("\n".join(rows))
+    if study["effect"] is not None:
+        of = f" (`{study['effect_of']}`)" if study.get("effect_of") else ""
+        said.append(f"Effect{of}: {study['effect']:+.2f}, 95 % interval {_interval(study['ci'])}.")
+    said.append(f"Record: `results/{study['record'].removeprefix('results/')}`.")
+    return said
+
+
+def _interval(ci: Any) -> str:
+    return f"{ci[0]:+.2f} to {ci[1]:+.2f}" if ci else "none"
+
+
+# ---- reference from docstrings ---------------------------------------------------------------------------------------
+
+
+def _reference(path: str) -> str:
+    """Heading, signature and docstring of one object."""
+    module, _, name = path.rpartition(".")
+    try:
+        thing = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"::: {path}: {error}") from error
+    text, sections = _docstring(thing)
+    parameters = list(inspect.signature(thing).parameters.values()) if callable(thing) else []
+    parts = [f"### {name} {{ #{path} }}\n", f"```python\n{_signature(name, thing)}\n```\n", text]
+    if "Args" in sections:
+        meaning = _entries(sections["Args"])
+        undescribed = [p for p in parameters if not any(p.name in _names(key) for key in meaning)]
+        shown = [p for p in parameters if p not in undescribed]
+        parts.append(_arguments_table(shown, meaning))
+    if "Attributes" in sections:
+        parts.append(_definitions("Attributes", _entries(sections["Attributes"])))
+    if "Returns" in sections:
+        parts.append(f"**Returns** {_joined(sections['Returns'])}\n")
+    if "Raises" in sections:
+        parts.append(_definitions("Raises", _entries(sections["Raises"])))
+    return "\n".join(part for part in parts if part)
+
+
+def _docstring(thing: Any) -> tuple[str, dict[str, str]]:
+    """Body in Markdown, and the indented sections by name."""
+    body, sections, name = [], {}, ""
+    for row in (inspect.getdoc(thing) or "").splitlines():
+        found = re.fullmatch(r"(Args|Attributes|Returns|Raises|Yields):", row)
+        if found:
+            name = found[1]
+            sections[name] = ""
+        elif name and row and not row.startswith(" "):
+            name = ""
+            body.append(row)
+        elif name:
+            sections[name] += row + "\n"
+        else:
+            body.append(row)
+    return _markdown("\n".join(body)), {key: inspect.cleandoc(value) for key, value in sections.items()}
+
+
+def _markdown(text: str) -> str:
+    """RST as our docstrings use it -> Markdown: math blocks, inline math, double backticks, notes with a lead."""
+    text = re.sub(
+        r"^\.\. math::[ ]*(.*)\n((?:[ ]+.*\n|[ ]*\n(?=[ ]+\S))*)",
+        lambda found: f"\n$$ {found[1]} {' '.join(found[2].split())} $$\n\n",
+        text + "\n",
+        flags=re.M,
+    )
+    text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
+    text = re.sub(r"``(.+?)``", r"`\1`", text)
+    text = re.sub(r"^(Source|Defaults|When to use it|Where codes differ): ", r"**\1:** ", text, flags=re.M)
+    return text.strip() + "\n"
+
+
+def _entries(section: str) -> dict[str, str]:
+    """``name: meaning`` lines, continued by indentation."""
+    found: dict[str, str] = {}
+    name = ""
+    for row in section.splitlines():
+        start = re.match(r"(\*{0,2}\w[\w., *]*?)(?: \([^)]*\))?: (.*)", row)
+        if start and not row.startswith(" "):
+            name = start[1]
+            found[name] = start[2]
+        elif name and row.strip():
+            found[name] += " " + row.strip()
+    return {name: _joined(_markdown(meaning)) for name, meaning in found.items()}
+
+
+def _joined(text: str) -> str:
+    return " ".join(_markdown(text).split())
+
+
+def _names(key: str) -> list[str]:
+    return [name.strip(" *") for name in key.split(",")]
+
+
+def _arguments_table(parameters: list[inspect.Parameter], meaning: dict[str, str]) -> str:
+    by_name = {name: text for key, text in meaning.items() for name in _names(key)}
+    rows = ["| argument | default | meaning |", "|---|---|---|"]
+    for parameter in parameters:
+        default = "" if parameter.default is parameter.empty else f"`{_default(parameter.default)}`"
+        rows.append(f"| `{parameter.name}` | {_cell(default)} | {_cell(by_name.get(parameter.name, ''))} |")
+    return "\n".join(rows) + "\n" if parameters else ""
+
+
+def _definitions(title: str, entries: dict[str, str]) -> str:
+    return f"**{title}**\n\n" + "\n".join(f"- `{name}`: {text}" for name, text in entries.items()) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _default(value: Any) -> str:
+    """A default as a person would write it: named views by name, functions by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        home = import_module(type(value).__module__)
+        named = [name for name, other in vars(home).items() if name.isupper() and other is value]
+        return named[0] if named else f"{type(value).__name__}(...)"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return getattr(value, "__name__", None) or str(value)
+
+
+def _signature(name: str, thing: Any) -> str:
+    if inspect.isclass(thing):
+        own = [p.replace(annotation=p.empty) for p in inspect.signature(thing).parameters.values()]
+        return f"{name}({', '.join(_parameters(own))})"
+    signature = inspect.signature(thing)
+    parts = _parameters(list(signature.parameters.values()))
+    back = "" if signature.return_annotation is signature.empty else f" -> {_annotation(signature.return_annotation)}"
+    line = f"{name}({', '.join(parts)}){back}"
+    return line if len(line) <= 96 else f"{name}(\n    " + ",\n    ".join(parts) + f",\n){back}"
+
+
+def _parameters(parameters: list[inspect.Parameter]) -> list[str]:
+    parts, starred = [], False
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            parts.append("*")
+            starred = True
+        text = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
+        starred = starred or p.kind is p.VAR_POSITIONAL
+        if p.annotation is not p.empty:
+            text += f": {_annotation(p.annotation)}"
+        if p.default is not p.empty:
+            text += f" = {_default(p.default)}" if p.annotation is not p.empty else f"={_default(p.default)}"
+        parts.append(text)
+    return parts
+
+
+def _annotation(annotation: Any) -> str:
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return html.unescape(re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text))

@@ -1,0 +1,98 @@
+"""Several processes compute what one computes: value and gradient, at uneven shards (PEERS' table of who fails).
+
+The processes belong to `benchmarks/distributed_gradient.py`, which prints the same numbers as a table; here each of
+them is a condition. Processes start once for both group sizes: starting them is most of the time this file takes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import counterpoint
+from counterpoint.contrast.distributed import gather, gather_plain, rank, world_size
+
+ROOT = Path(counterpoint.__file__).parent.parent
+SIZES = ("5,3", "4,1,3,2")
+EXACT = [
+    "nt_xent",
+    "dcl",
+    "dcl, one way",
+    "dclw",
+    "dclw, gradient through the weight",
+    "info_nce",
+    "info_nce, symmetric",
+    "info_nce, symmetric decoupled",
+    "info_nce, queue and hard negatives",
+    "info_nce, queue only (MoCo)",
+    "info_nce, several positives",
+    "info_nce, positives as a matrix",
+    "info_nce, pairs to ignore",
+    "info_nce, a temperature per row",
+    "sup_con",
+    "sup_con, one view with singletons",
+    "sup_con, inside the log",
+    "clip_loss",
+    "clip_loss, label smoothing",
+    "sigmoid_loss",
+    "gather alone",
+]
+CONTROLS = ["control: own negatives only", "control: gradient of others dropped"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> dict[tuple[str, int], dict]:
+    """The measurement in float64, so that only a different gradient can differ."""
+    script = ROOT / "benchmarks" / "distributed_gradient.py"
+    if not script.exists():
+        pytest.skip("needs the repository: benchmarks/ is not part of an installed package")
+    out = tmp_path_factory.mktemp("ranks") / "record.json"
+    sizes = [argument for shards in SIZES for argument in ("--sizes", shards)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *sizes, "--dtype", "float64", "--out", str(out)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    record = json.loads(out.read_text())
+    return {(row["objective"], row["processes"]): row for row in record["rows"]}
+
+
+def test_every_objective_was_measured(rows):
+    assert set(rows) == {(name, processes) for name in EXACT + CONTROLS for processes in (2, 4)}
+    assert rows["nt_xent", 2]["sizes"] == [5, 3]
+    assert rows["nt_xent", 4]["sizes"] == [4, 1, 3, 2]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", EXACT)
+def test_the_averaged_gradient_is_that_of_one_process(name, processes, rows):
+    """In float64 the two differ by the order of summation alone: 1e-12 is some thousand roundings."""
+    row = rows[name, processes]
+    assert row["loss"] == pytest.approx(row["loss_alone"], rel=1e-12)
+    assert row["gradient_ratio"] == pytest.approx(1, abs=1e-12)
+    assert row["cosine"] == pytest.approx(1, abs=1e-12)
+    compared = {
+        "gather alone": {"encoder"},
+        "sigmoid_loss": {"encoder", "temperature", "bias"},
+        "info_nce, a temperature per row": {"encoder", "row_temperature"},
+    }.get(name, {"encoder", "temperature"})
+    assert set(row["relative_difference"]) == compared
+    assert max(row["relative_difference"].values()) < 1e-11
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_the_measurement_sees_a_wrong_gradient(name, processes, rows):
+    assert rows[name, processes]["cosine"] < 0.99
+    assert rows[name, processes]["relative_difference"]["encoder"] > 0.1
+
+
+def test_without_a_process_group_gathering_is_the_identity():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert (world_size(), rank()) == (1, 0)
+    assert gather(x).rows is x and gather(x)[1:] == (0, 1)
+    plain = gather_plain(x)
+    assert torch.equal(plain.rows, x) and plain[1:] == (0, 1) and not plain.rows.requires_grad
