@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint format docs parity clean
+.PHONY: help setup demo test lint format docs readme parity clean
 
 help:
 	@echo "make setup    Python environment in $(VENV) with the package, its tests and its docs tools"
@@ -12,6 +12,7 @@ help:
 	@echo "make test     all tests"
 	@echo "make lint     style, formatting and types"
 	@echo "make docs     build the site into site/"
+	@echo "make readme   bring the table of methods in README.md up to date"
 	@echo "make parity GOLDEN=FOLDER   check the golden cases below FOLDER"
 	@echo "make clean    remove what was built (not $(VENV), not runs/)"
 
@@ -47,17 +48,21 @@ test: setup
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
 
 lint: setup
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
 
 format: setup
-	@$(BIN)/ruff check --fix .
-	@$(BIN)/ruff format .
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
 
 docs: setup
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html is ready"
+
+# The table of methods in README.md, from the registry and the records.
+readme: setup
+	@$(BIN)/python tools/readme.py
 
 parity: setup
 	@if [ -z "$(GOLDEN)" ]; then echo "say where the golden cases are: make parity GOLDEN=FOLDER" >&2; exit 2; fi

@@ -65,7 +65,7 @@ def methods(argv: list[str]) -> int:
     from counterpoint.results import parity, study
 
     keys = ("verdict", "effect", "ci", "record")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in (*CATALOGUE,) if options.json else (*BASELINES, *CATALOGUE):
         found = study(entry.slug)
         rows.append(
@@ -96,6 +96,7 @@ def methods(argv: list[str]) -> int:
 def train(argv: list[str]) -> int:
     from counterpoint import recipes
     from counterpoint.train import fit, resume
+    from counterpoint.train.run import next_folder
 
     argv, folder = _take(argv, "--resume")
     if folder is not None:
@@ -133,14 +134,9 @@ def train(argv: list[str]) -> int:
         chosen["image_size"] = _size_for(data, chosen["image_size"])
     options = {key: chosen.pop(key) for key in [*recipes.fit_options(), "run"]}
     experiment = recipes.Experiment(name, recipe.method, chosen, data, options)
-    folder = options.pop("run")
-    if folder is None:
-        from counterpoint.train.run import new_folder
-
-        folder = new_folder(name)
-        folder.rmdir()
+    target = options.pop("run") or next_folder(name)
     command = "counterpoint train " + " ".join([name, *_quoted(sys.argv[3:])]) if len(sys.argv) > 2 else None
-    run = fit(experiment.build(options["seed"]), data, run=folder, command=command, **options)
+    run = fit(experiment.build(options["seed"]), data, run=target, command=command, **options)
     return _after_training(run)
 
 
@@ -227,7 +223,7 @@ def embed(argv: list[str]) -> int:
         arrays["path"] = np.array(items.paths)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     with writing(options.out) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     count, width = arrays["vector"].shape
     print(f"{options.out}: {count:,} vectors of {width} dimensions ({', '.join(arrays)})")
     return 0
@@ -276,17 +272,21 @@ def demo(argv: list[str]) -> int:
     from counterpoint.recipes import experiment
     from counterpoint.report import write
     from counterpoint.train import fit
-    from counterpoint.train.run import new_folder
+    from counterpoint.train.run import next_folder
 
     recipe = experiment("simclr-omniglot", **({"epochs": options.epochs} if options.epochs else {}))
-    folder = Path(options.run) if options.run else new_folder("demo")
-    if options.run is None:
-        folder.rmdir()
     print(
-        "SimCLR learns from 4,840 handwritten characters of 8 alphabets. It sees no label: not which character a drawing\n"
-        "shows, not which alphabet. Then it meets alphabets it has never seen, and must recognise a character from one example.\n"
+        "SimCLR learns from 4,840 handwritten characters of 8 alphabets. It sees no label: not which character a\n"
+        "drawing shows, not which alphabet. Then it meets alphabets it has never seen, and must recognise a character\n"
+        "from a single example.\n"
     )
-    run = fit(recipe.build(0), recipe.data, run=folder, command="counterpoint train simclr-omniglot", **recipe.fit)
+    run = fit(
+        recipe.build(0),
+        recipe.data,
+        run=options.run or next_folder("demo"),
+        command="counterpoint train simclr-omniglot",
+        **recipe.fit,
+    )
     if run.interrupted:
         return _after_training(run)
     show_results(measure(run))

@@ -115,9 +115,8 @@ def _methods_table(to: str) -> str:
     ready = _ready()
     rows = ["## Ready\n", "| method | domain | golden cases | study |", "|---|---|---|---|"]
     for line, _ in ready:
-        rows.append(
-            f"| [{line.title}]({to}{line.slug}.md) | {_words(line.domain)} | {_parity(line.slug)} | {_verdict(line.slug)} |"
-        )
+        cells = [f"[{line.title}]({to}{line.slug}.md)", _words(line.domain), _parity(line.slug), _verdict(line.slug)]
+        rows.append(f"| {' | '.join(cells)} |")
     done = {line.slug for line, _ in ready}
     rows += ["", "## Planned\n", "| domain | methods |", "|---|---|"]
     domains: dict[str, list[str]] = {}
@@ -153,7 +152,8 @@ def _method_page(line: methods.Entry, cls: type) -> str:
         "## Use\n",
         f"```bash\ncounterpoint train {line.slug} --data photos/\n```\n",
         f"```python\nimport counterpoint as cp\nfrom {module} import {cls.__name__}\n\n"
-        f'model = {cls.__name__}()\nrun = cp.fit(model, data="photos/", epochs=100)\nvectors = model.encode("photos/")\n```\n',
+        f'model = {cls.__name__}()\nrun = cp.fit(model, data="photos/", epochs=100)\n'
+        'vectors = model.encode("photos/")\n```\n',
         "## Arguments\n",
         "Each is a constructor argument, a flag of `counterpoint train` and a key of a recipe.\n",
         _arguments_table(_constructor(cls), _inherited(cls, sections)),

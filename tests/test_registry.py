@@ -71,3 +71,14 @@ def test_methods_of_other_packages(monkeypatch):
 @pytest.mark.parametrize("name", methods.names())
 def test_every_ready_method_can_be_imported(name):
     assert isinstance(methods.get(name), type)
+
+
+def test_names_and_import_paths_go_back_and_forth():
+    from fractions import Fraction
+
+    assert methods.name_of(methods.get("simclr")) == "simclr"
+    assert methods.name_of(Fraction) == "fractions:Fraction"
+    assert methods.get("fractions:Fraction") is Fraction
+    for broken in ("fractions:Absent", "no_such_module_here:X"):
+        with pytest.raises(InputError, match="cannot be imported"):
+            methods.get(broken)

@@ -166,6 +166,9 @@ class TimmEncoder(ImageEncoder):
         pretrained: load timm's weights for that name.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, *, image_size: int = 224, channels: int = 3, pretrained: bool = False) -> None:
         super().__init__()
         self.name, self.image_size, self.channels = name, image_size, channels

@@ -139,4 +139,4 @@ def _save_gallery(run: Run, items: Images, method: Method) -> None:
     if items.label is not None:
         arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes or [""])}
     with writing(run.folder / "gallery.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def experiment(name: str, **changes: Any) -> Experiment:
 
 def fit_options() -> dict[str, Any]:
     """Name and default of every option of `fit` that a recipe may set."""
-    from counterpoint.train.fit import fit
+    from counterpoint.train.loop import fit
 
     parameters = inspect.signature(fit).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("run", "command")}
@@ -78,7 +78,7 @@ def model_options(cls: type) -> dict[str, Any]:
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         plain = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         options = {p.name: p.default for p in plain} | options
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):

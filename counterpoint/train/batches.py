@@ -72,9 +72,10 @@ class Batches:
         return count // self.batch_size if self.shuffle else -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        # a generator: where to start is decided when the first batch is asked for, after a resumed position is in place
         if self.batch >= len(self):
             self.epoch, self.batch = self.epoch + 1, 0
-        return self._resident() if self.tensors is not None else self._streamed()
+        yield from self._resident() if self.tensors is not None else self._streamed()
 
     def _resident(self) -> Iterator[Batch]:
         assert self.tensors is not None
@@ -100,9 +101,3 @@ class Batches:
     def _slice(self, order: Tensor, batch: int) -> Tensor:
         index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
         return index.tensor_split(self.ranks)[self.rank] if self.ranks > 1 else index
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batch": self.batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])

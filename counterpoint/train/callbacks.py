@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from counterpoint import contrast
-from counterpoint.train.method import Diverged, Method
+from counterpoint.train.batches import Batches
+from counterpoint.train.method import Diverged
 
 BINS = 50
 
@@ -27,6 +28,19 @@ class StepSeed(lightning.Callback):
     def on_train_batch_start(self, trainer: Any, method: Any, batch: Any, batch_idx: int) -> None:
         position = trainer.current_epoch * 1_000_003 + batch_idx
         torch.manual_seed((self.seed * 2_147_483_647 + position * 1_009 + trainer.global_rank) % 2**63)
+
+
+class Position(lightning.Callback):
+    """Keeps the place in the data in the checkpoint."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.batches.epoch, "batch": self.batches.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches.epoch, self.batches.batch = state["epoch"], state["batch"]
 
 
 class FiniteLoss(lightning.Callback):
@@ -76,10 +90,10 @@ class Recorder(lightning.Callback):
         if trainer.is_global_zero:
             keep_until(self.path, trainer.global_step)
 
-    def on_train_batch_start(self, trainer: Any, method: Method, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, method: Any, batch: Any, batch_idx: int) -> None:
         method.watching = self._due(trainer, batch_idx) and (batch_idx // self.every) % self.look == 0
 
-    def on_train_batch_end(self, trainer: Any, method: Method, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.images += len(next(iter(batch.values()))) * trainer.world_size
         if not self._due(trainer, batch_idx) or not trainer.is_global_zero:
             return
@@ -158,7 +172,7 @@ class Progress(lightning.Callback):
         self.done = trainer.current_epoch * int(trainer.num_training_batches)
         self.images, self.mark, self.said = 0, time.perf_counter(), -1
         console = Console(stderr=True)
-        self.bar = None
+        self.bar: Bar | None = None
         if console.is_terminal:
             columns = (
                 TextColumn("[bold]{task.description}"),
@@ -172,7 +186,7 @@ class Progress(lightning.Callback):
             self.bar.start()
             self.task = self.bar.add_task("train", total=self.total, completed=self.done, status="")
 
-    def on_train_batch_end(self, trainer: Any, method: Method, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero:
             return
         steps = int(trainer.num_training_batches)
@@ -183,7 +197,9 @@ class Progress(lightning.Callback):
         if (now - self.mark < 0.5 or not self.bar) and (self.bar or tenth == self.said) and self.done != self.total:
             return
         speed = self.images / max(now - self.mark, 1e-9)
-        status = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {total(method):.3f}  {speed:,.0f} images/s"
+        status = (
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {total(method):.3f}  {speed:,.0f} images/s"
+        )
         if self.bar:
             self.bar.update(self.task, completed=self.done, status=status)
         else:
@@ -192,11 +208,12 @@ class Progress(lightning.Callback):
         self.images, self.mark = 0, now
 
     def teardown(self, trainer: Any, method: Any, stage: str) -> None:
-        if getattr(self, "bar", None):
-            self.bar.stop()
+        bar = getattr(self, "bar", None)
+        if bar is not None:
+            bar.stop()
 
 
-def total(method: Method) -> float:
+def total(method: Any) -> float:
     """The last batch's loss, its terms added up."""
     return sum(float(term.detach()) for term in method.terms.values())
 
@@ -209,7 +226,7 @@ def geometry(query: Tensor, key: Tensor, *, temperature: Any = None, most: int =
     query, key = contrast.unit(query[:most]), contrast.unit(key[:most])
     similarity = query @ key.T
     off = ~torch.eye(len(query), dtype=torch.bool, device=query.device)
-    record = {
+    record: dict[str, Any] = {
         "positive": torch.histc(similarity.diagonal().clamp(-1, 1), BINS, -1, 1).int().tolist(),
         "negative": torch.histc(similarity[off].clamp(-1, 1), BINS, -1, 1).int().tolist(),
         "alignment": float(contrast.alignment(query, key)),

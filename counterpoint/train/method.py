@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from counterpoint.errors import CounterpointError, InputError
 from counterpoint.train.optimise import Optimisation, build_optimiser, decay_groups
@@ -27,14 +27,13 @@ class Method(lightning.LightningModule):
     Constructor arguments are typed; they are the method's configuration, its command-line flags and its documentation,
     and they are recorded in `arguments` so that a run can rebuild the method.
 
-    Subclasses may also override `after_batch` (each batch, for a queue), `after_step` (each optimiser step, for a
-    momentum encoder) and `parameter_groups`.
+    Subclasses may also override `after_step` (each optimiser step, for a momentum encoder) and `parameter_groups`.
     """
 
     uses_labels = False
     """Whether the objective reads ``batch["label"]``."""
 
-    encoder: nn.Module
+    encoder: Any
     arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Method":
@@ -63,9 +62,6 @@ class Method(lightning.LightningModule):
         """Embeddings ``[B, D]`` of a batch as the world sees them: no random views, no projector."""
         return self.encoder.embed(batch)
 
-    def after_batch(self) -> None:
-        """Called after every batch."""
-
     def after_step(self) -> None:
         """Called after every optimiser step."""
 
@@ -89,10 +85,9 @@ class Method(lightning.LightningModule):
         self.terms = loss if isinstance(loss, dict) else {self.__class__.__name__.lower() + " loss": loss}
         return torch.stack(list(self.terms.values())).sum() if isinstance(loss, dict) else loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.after_batch()
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
-            self.after_step()
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.after_step()
 
     def configure_optimizers(self) -> Any:
         return build_optimiser(self.parameter_groups(), self.optimisation, self.trainer.estimated_stepping_batches)

@@ -48,7 +48,7 @@ def build_optimiser(groups: list[dict[str, Any]], choice: Optimisation, total_st
     """
     groups = [group for group in groups if group["params"]]
     device = groups[0]["params"][0].device.type
-    fused = {"fused": True} if device == "cuda" else {}
+    fused: dict[str, Any] = {"fused": True} if device == "cuda" else {}
     optimiser: torch.optim.Optimizer
     match choice.optimizer:
         case "sgd":

@@ -5,6 +5,7 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -110,30 +111,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def new_folder(name: str, root: str | Path = "runs") -> Path:
-    """``runs/NAME-1``, or the next number that is free."""
-    root = Path(root)
-    number = 1
-    while True:
-        folder = root / f"{name}-{number}"
-        try:
-            make_folder(folder)
-            return folder
-        except FileExistsError:
-            number += 1
+def next_folder(name: str, root: str | Path = "runs") -> Path:
+    """``runs/NAME-1``, or the next number that is free; nothing is created."""
+    return next(folder for number in count(1) if not (folder := Path(root) / f"{name}-{number}").exists())
 
 
 def make_folder(folder: Path) -> None:
     """Create a run folder and make sure that it can be written.
 
     Raises:
-        FileExistsError: it exists.
-        InputError: it cannot be created.
+        InputError: it exists, or it cannot be created or written.
     """
     try:
         folder.mkdir(parents=True)
-    except FileExistsError:
-        raise
+    except FileExistsError as error:
+        raise InputError(
+            f"the run folder {folder} exists; choose another with --run, or go on with --resume {folder}"
+        ) from error
     except OSError as error:
         raise InputError(
             f"cannot create the run folder {folder}: {error.strerror}; choose another with --run"

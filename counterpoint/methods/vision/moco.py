@@ -66,11 +66,9 @@ class MoCo(Method):
         with torch.no_grad():
             key = contrast.unit(self.key_projector(self.key_encoder(self.views(batch["image"])).pooled))
         self.watch(query, key)
-        self.newest = key
-        return contrast.info_nce(query, key, negatives=self.queue.keys, in_batch=False, temperature=self.temperature)
-
-    def after_batch(self) -> None:
-        self.queue.enqueue(self.newest)
+        loss = contrast.info_nce(query, key, negatives=self.queue.keys, in_batch=False, temperature=self.temperature)
+        self.queue.enqueue(key)
+        return loss
 
     def after_step(self) -> None:
         self.key_encoder.update(self.encoder)

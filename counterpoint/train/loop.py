@@ -10,11 +10,11 @@ import torch
 from counterpoint.data import load
 from counterpoint.errors import InputError
 from counterpoint.train.batches import Batches
-from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Progress, Recorder, StepSeed
+from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, StepSeed
 from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
 from counterpoint.train.method import Method
 from counterpoint.train.optimise import Optimisation
-from counterpoint.train.run import Run, describe, environment, make_folder, new_folder
+from counterpoint.train.run import Run, describe, environment, make_folder, next_folder
 
 log = logging.getLogger("counterpoint")
 
@@ -90,16 +90,8 @@ def fit(
     items = load(data, split="train", size=method.stored_size, limit=limit, seed=seed)
     config = describe(method, _name(data), options, command)
     _check(method, items, batch_size, accumulate)
-    if run is None:
-        folder = new_folder(config["method"].rsplit(":", 1)[-1].lower())
-    else:
-        folder = Path(run)
-        try:
-            make_folder(folder)
-        except FileExistsError:
-            raise InputError(
-                f"the run folder {folder} exists; choose another with --run, or go on with --resume {folder}"
-            ) from None
+    folder = next_folder(config["method"].rsplit(":", 1)[-1].lower()) if run is None else Path(run)
+    make_folder(folder)
     result = Run(folder, method)
     result.write("config.yaml", config)
     result.write("environment.json", environment())
@@ -153,9 +145,11 @@ def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, 
     fields = ("optimizer", "lr", "momentum", "weight_decay", "warmup", "schedule")
     method.optimisation = Optimisation(**{name: options[name] for name in fields})
     torch.manual_seed(options["seed"])
+    batches = Batches.of(items, method, options["batch_size"], seed=options["seed"], workers=options["workers"])
     checkpointer = Checkpointer(result.folder, options["checkpoint_seconds"])
     callbacks: list[Any] = [
         StepSeed(options["seed"]),
+        Position(batches),
         FiniteLoss(result.folder),
         Recorder(result.folder, options["log_every"]),
         checkpointer,
@@ -180,9 +174,7 @@ def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, 
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    batches = Batches.of(items, method, options["batch_size"], seed=options["seed"], workers=options["workers"]).to(
-        trainer.strategy.root_device, trainer.global_rank, trainer.world_size
-    )
+    batches.to(trainer.strategy.root_device, trainer.global_rank, trainer.world_size)
     if options["compile"]:
         for part in method.children():
             part.compile()

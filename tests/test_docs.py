@@ -1,0 +1,61 @@
+"""Pages and README do what they say: their Python runs, their table is current."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(title, code) of every Python block of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r'^```python(?: title="([^"]+)")?\n(.*?)^```', text, re.S | re.M)
+
+
+def test_the_identity_page_holds():
+    names: dict = {}
+    for _, code in blocks("core.md"):
+        exec(code, names)
+
+
+def test_adding_a_method_works_literally(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict = {}
+    try:
+        for title, code in blocks("adding-a-method.md"):
+            if title:
+                (tmp_path / title).write_text(code)
+            else:
+                exec(code, names)
+        assert names["vectors"].shape[0] == 64 and (tmp_path / "runs" / "adaptive" / "config.yaml").is_file()
+    finally:
+        sys.modules.pop("mymethod", None)
+
+
+def test_the_readme_table_is_current(monkeypatch):
+    monkeypatch.delenv("COUNTERPOINT_RESULTS", raising=False)
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "tools" / "readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.written(text) == text, "run: python tools/readme.py"
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path / "site"))
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
+    page = (tmp_path / "site" / "methods" / "dcl.html").read_text(encoding="utf-8")
+    assert "<math" in page and "temperature" in page and "FORMULA" not in page and ":math:" not in page
+    everything = [path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")]
+    assert not any(re.search(r'<(?:script|link|img)[^>]+(?:src|href)="?https?:', text) for text in everything)
