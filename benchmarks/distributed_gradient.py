@@ -76,6 +76,10 @@ def gradient_dropped(s: Shard) -> Tensor:
 
 OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
     "nt_xent": lambda s: contrast.nt_xent(s.z1, s.z2, temperature=s.temperature),
+    "nt_xent, sum": lambda s: contrast.nt_xent(s.z1, s.z2, temperature=s.temperature, reduction="sum"),
+    "alignment": lambda s: contrast.alignment(s.z1, s.z2),
+    "uniformity": lambda s: contrast.uniformity(s.z1),
+    "uniformity, unnormalised": lambda s: contrast.uniformity(s.z1, normalize=False),
     "dcl": lambda s: contrast.dcl(s.z1, s.z2, temperature=s.temperature),
     "dcl, one way": lambda s: contrast.dcl(s.z1, s.z2, temperature=s.temperature, one_way=True),
     "dclw": lambda s: contrast.dclw(s.z1, s.z2, temperature=s.temperature),

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from counterpoint.errors import CounterpointError, InputError, nearest
 
@@ -94,14 +95,17 @@ def methods(argv: list[str]) -> int:
 
 
 def train(argv: list[str]) -> int:
+    from shlex import join
+
     from counterpoint import recipes
     from counterpoint.train import fit, resume
     from counterpoint.train.run import next_folder
 
+    command = join(["counterpoint", "train", *argv])
     argv, folder = _take(argv, "--resume")
     if folder is not None:
         name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-        changes = _pairs(argv)
+        changes = recipes.plain(_pairs(argv))
         data = changes.pop("data", None) if _on_array(folder) else None
         changes |= {"method": recipes.experiment(name).method} if name else {}
         run = resume(folder, data, changes=changes)
@@ -130,12 +134,9 @@ def train(argv: list[str]) -> int:
     data = chosen.pop("data")
     if data is None:
         raise InputError(f"{name} needs data: --data FOLDER, or one of the recipes {', '.join(_with_data(name))}")
-    if not _given("--image_size", argv) and "image_size" not in recipe.model and "image_size" in chosen:
-        chosen["image_size"] = _size_for(data, chosen["image_size"])
     options = {key: chosen.pop(key) for key in [*recipes.fit_options(), "run"]}
     experiment = recipes.Experiment(name, recipe.method, chosen, data, options)
     target = options.pop("run") or next_folder(name)
-    command = "counterpoint train " + " ".join([name, *_quoted(sys.argv[3:])]) if len(sys.argv) > 2 else None
     run = fit(experiment.build(options["seed"]), data, run=target, command=command, **options)
     return _after_training(run)
 
@@ -346,6 +347,8 @@ def _show_comparison(comparison: Any) -> None:
 
 
 def _after_training(run: Any) -> int:
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one of several processes speaks
+        return INTERRUPTED if run.interrupted else 0
     if run.interrupted:
         print(f"stopped; go on with: counterpoint train --resume {run.folder}", file=sys.stderr)
         return INTERRUPTED
@@ -357,7 +360,7 @@ def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
     """Typed flags of one method and of `fit`, parsed."""
     import jsonargparse
 
-    from counterpoint import methods
+    from counterpoint import methods, recipes
     from counterpoint.train import fit
     from counterpoint.train.method import plain
 
@@ -365,10 +368,19 @@ def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
         prog=f"counterpoint train {name}", description=f"Train {recipe.method}.", exit_on_error=False
     )
     parser.add_argument("--data", type=str | None, default=recipe.data, help="known name, folder, .npz or .npy file")
-    parser.add_class_arguments(methods.get(recipe.method))
+    cls = methods.get(recipe.method)
+    if taken := recipes.model_options(cls).keys() & {*recipes.fit_options(), "data", "run", "command"}:
+        raise InputError(
+            f"{cls.__name__} has an argument {min(taken)}, which is an option of every training: rename it"
+        )
+    parser.add_class_arguments(cls)
     parser.add_function_arguments(fit, skip={"method", "data", "command"})
-    parser.set_defaults({**{key: plain(value) for key, value in recipe.model.items()}, **recipe.fit})
     known = [option for action in parser._actions for option in action.option_strings]
+    try:
+        parser.set_defaults({**{key: plain(value) for key, value in recipe.model.items()}, **recipe.fit})
+    except KeyError as error:
+        option = "--" + str(error).split('"')[1]
+        raise InputError(f"{name} has no option {option}{nearest(option, known)}") from error
     for token in argv:
         option = token.split("=", 1)[0]
         if option.startswith("--") and option not in known and option != "--print_config":
@@ -379,15 +391,26 @@ def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
         message = str(getattr(error, "message", error)).strip().splitlines()
         raise InputError(f"{name}: {' '.join(line.strip() for line in message)}") from error
+    if values.data is not None and not _given("--image_size", argv) and "image_size" not in recipe.model:
+        with suppress(KeyError):  # a method without views of images
+            values["image_size"] = _size_for(values.data, values["image_size"])
     if printing:
-        print(f"method: {recipe.method}\n" + parser.dump(values), end="")
+        print(f"method: {recipe.method}\n" + parser.dump(values, skip_none=False), end="")
         raise SystemExit(0)
     built = parser.instantiate_classes(values)
     return {key: built[key] for key in vars(built)}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = next((word.split("=")[0] for word in message.split() if word.startswith("--")), None)
+        hint = nearest(unknown, known) if unknown and unknown not in known else ""
+        raise InputError(f"{self.prog}: {message}{hint}; {self.prog} --help says what there is")
+
+
 def _parser(name: str, about: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"counterpoint {name}", description=about)
+    return _Parser(prog=f"counterpoint {name}", description=about)
 
 
 def _take(argv: list[str], option: str) -> tuple[list[str], str | None]:
@@ -421,7 +444,13 @@ def _pairs(argv: list[str]) -> dict[str, Any]:
             if not rest:
                 raise InputError(f"{token} needs a value")
             value = rest.pop(0)
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f'--{key}: "{value}" cannot be read') from error
+        if isinstance(found[key], str) and any(letter.isdigit() for letter in value):
+            with suppress(ValueError):  # YAML takes 1e-3 for a word
+                found[key] = float(value)
     return found
 
 
@@ -435,8 +464,9 @@ def _read_config(path: str) -> dict[str, Any]:
         raise InputError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(written, dict):
         raise InputError(f"{path} holds no configuration: option: value lines are expected")
-    flat = {key: value for key, value in written.items() if key not in ("model", "fit", "command", "run")}
-    return {**flat, **written.get("model", {}), **written.get("fit", {})}
+    notes = ("model", "fit", "command", "run", "labels_used_in_training")
+    flat = {key: value for key, value in written.items() if key not in notes}
+    return {**flat, **(written.get("model") or {}), **(written.get("fit") or {})}
 
 
 def _with_data(name: str) -> list[str]:
@@ -447,23 +477,24 @@ def _with_data(name: str) -> list[str]:
 
 def _size_for(data: str, most: int) -> int:
     """Side of the views for data whose images are smaller than the method's default (larger ones stay at the default)."""
-    from counterpoint.data import load
+    from counterpoint.data import Images, load
 
-    items = load(data, size=None if not Path(data).is_dir() else most, limit=8)
-    side = max(items.image.shape[-2:]) if hasattr(items, "image") else most
-    return min(side, most)
+    said = logging.getLogger("counterpoint.data")
+    level = said.level
+    said.setLevel(logging.ERROR)  # the training loads them again and says then what there is to say
+    try:
+        items = load(data, limit=8, resident=True)
+        return min(max(items.image.shape[-2:]), most) if isinstance(items, Images) else most
+    except InputError:
+        return most
+    finally:
+        said.setLevel(level)
 
 
 def _on_array(folder: str) -> bool:
     from counterpoint.train import Run
 
     return Run.open(folder).config["data"] is None
-
-
-def _quoted(tokens: Sequence[str]) -> list[str]:
-    from shlex import quote
-
-    return [quote(token) for token in tokens]
 
 
 if __name__ == "__main__":

@@ -49,10 +49,13 @@ def export(run: Run, to: str, out: str | Path | None = None) -> tuple[Path, floa
         )
     import timm
 
-    _save_timm(model, encoder.name, path)
+    _save_timm(encoder, path)
     again = timm.create_model(f"local-dir:{path}", num_classes=0).eval()
     with torch.no_grad():
-        return path, float((model(images) - again(images)).abs().max())
+        difference = float((model(images) - again(images)).abs().max())
+    if not difference < 1e-3:
+        raise InputError(f"timm rebuilds {encoder.name} differently (by {difference:.1e}); export --to safetensors")
+    return path, difference
 
 
 def load_encoder(path: str | Path) -> torch.nn.Module:
@@ -85,19 +88,23 @@ def _save(encoder: Any, path: Path) -> None:
         save_file(state, temporary, metadata={"encoder": json.dumps(about)})
 
 
-def _save_timm(model: Any, name: str, folder: Path) -> None:
+def _save_timm(encoder: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
+    model = encoder.model
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     with writing(folder / "model.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     settings = {key: value for key, value in model.pretrained_cfg.items() if key in _TIMM_KEYS}
+    size = {"img_size": encoder.image_size} if hasattr(getattr(model, "patch_embed", None), "img_size") else {}
+    shape = [encoder.channels, encoder.image_size, encoder.image_size]
     config = {
-        "architecture": name.split(".")[0],
+        "architecture": encoder.name.split(".")[0],
         "num_classes": 0,
         "num_features": model.num_features,
-        "pretrained_cfg": {**settings, "num_classes": 0},
+        "pretrained_cfg": {**settings, "input_size": shape, "num_classes": 0},
+        "model_args": {"in_chans": encoder.channels, **size},
     }
     with writing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1))

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from counterpoint.contrast.distributed import gather
 from counterpoint.contrast.kernels import log_sum_exp
 from counterpoint.contrast.relation import Listed
-from counterpoint.contrast.softmax import _check_matrix, _wide, unit
+from counterpoint.contrast.softmax import _check_matrix, _wide, reduce, unit
 from counterpoint.errors import InputError
 
 
@@ -27,7 +28,7 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
     if x.shape != y.shape:
         raise InputError(f"x and y must have one shape, not {list(x.shape)} and {list(y.shape)}")
     x, y = (unit(x), unit(y)) if normalize else (_wide(x), _wide(y))
-    return (x - y).norm(dim=1).pow(alpha).mean()
+    return reduce((x - y).norm(dim=1).pow(alpha), "mean")
 
 
 def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
@@ -46,19 +47,22 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
         normalize: project rows to the unit sphere first; False uses the rows as given (any norm).
     """
     _check_matrix(x, "x")
-    n = len(x)
-    if n < 2:
-        raise InputError("uniformity needs at least two rows")
     if not t > 0:
         raise InputError(f"t must be positive, not {t}")
     x = unit(x) if normalize else _wide(x)
-    own = Listed(torch.arange(n, device=x.device))
-    square = x.square().sum(1)
+    everyone = gather(x)
+    n = len(everyone.rows)
+    if n < 2:
+        raise InputError("uniformity needs at least two rows")
+    own = Listed(torch.arange(everyone.start, everyone.start + len(x), device=x.device))
+    square = everyone.rows.square().sum(1)
+    mine = slice(everyone.start, everyone.start + len(x))
     if normalize and bool((square > 0.5).all()):  # a row of zeros (dead encoder) lies off the sphere
-        rows = log_sum_exp(x, temperature=1 / (2 * t), without=own) - 2 * t
+        rows = log_sum_exp(x, everyone.rows if everyone.ranks > 1 else None, temperature=1 / (2 * t), without=own) - 2 * t
     else:
-        rows = log_sum_exp(x, x, temperature=1 / (2 * t), without=own, log_weight=-t * square) - t * square
-    return rows.logsumexp(0) - math.log(n * (n - 1))
+        rows = log_sum_exp(x, everyone.rows, temperature=1 / (2 * t), without=own, log_weight=-t * square)
+        rows = rows - t * square[mine]
+    return gather(rows).rows.logsumexp(0) - math.log(n * (n - 1))
 
 
 def effective_rank(x: Tensor) -> Tensor:

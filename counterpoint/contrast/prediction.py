@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from counterpoint.contrast.softmax import _check_pair, reduce, unit
+from counterpoint.contrast.softmax import _check_matrix, reduce, unit
+from counterpoint.errors import InputError
 
 
 def negative_cosine(prediction: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -20,5 +21,10 @@ def negative_cosine(prediction: Tensor, target: Tensor, *, reduction: str = "mea
     Raises:
         InputError: wrong shape or type.
     """
-    _check_pair(prediction, target, 1.0)
+    _check_matrix(prediction, "prediction")
+    _check_matrix(target, "target")
+    if prediction.shape != target.shape:
+        raise InputError(
+            f"prediction and target must have one shape, not {list(prediction.shape)} and {list(target.shape)}"
+        )
     return reduce(-(unit(prediction) * unit(target.detach())).sum(1), reduction)

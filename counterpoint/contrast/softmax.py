@@ -322,17 +322,17 @@ def coupling(z1: Tensor, z2: Tensor, *, temperature: Temperature = 0.1) -> Tenso
 def reduce(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
     """Reduce per-row losses; `counted` (bool, same shape) marks the rows that a mean divides by.
 
-    Under a process group "mean" returns ``world_size * local sum / global count``, whose average over ranks (of value
-    and of gradient) is the global mean.
+    Under a process group "mean" returns ``world_size * local sum / global count`` and "sum" ``world_size * local sum``,
+    whose averages over ranks (of value and of gradient) are the global mean and sum.
     """
     if reduction == "none":
         return loss
+    ranks = world_size()
     if reduction == "sum":
-        return loss.sum()
+        return loss.sum() * ranks
     if reduction != "mean":
         raise InputError(f'reduction must be "mean", "sum" or "none", not "{reduction}"')
     count = loss.new_tensor(float(len(loss))) if counted is None else counted.sum().to(loss.dtype)
-    ranks = world_size()
     if ranks > 1:
         count = count.clone()
         torch.distributed.all_reduce(count)

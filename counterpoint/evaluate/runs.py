@@ -52,16 +52,24 @@ def evaluate(run: Run, data: Any = None, *, protocols: list[str] | None = None) 
     subjects = [("trained", encoder_of(trained)), ("untrained", encoder_of(run.untrained())), ("raw pixels", pixels)]
     if source == "omniglot":
         found = list(_one_shot(subjects)) if wanted("one-shot-20way", protocols) else []
-        shown = _some_characters()
+        shown, origin = _some_characters(), "drawings that training saw, without their labels"
     else:
         limit = config["fit"]["limit"] if data is None else None
         train, test, note = _parts(source, trained, limit, config["fit"]["seed"])
-        found = list(_classified(subjects, train, test, note, protocols)) if train.label is not None else []
+        classes = 0 if train.label is None else len(train.label.unique())
+        if classes == 1 and protocols is None:
+            log.warning("all labels of %s are the same, so there is nothing to classify", train.name)
+        found = []
+        if classes > 1 or (classes == 1 and protocols is not None):
+            found += _classified(subjects, train, test, note, protocols)
         if wanted("geometry", protocols):
             found += list(_geometry(subjects, test, train.label is None))
+        origin = note or "test items that training never saw"
         shown = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:GALLERY])
+    if not found:
+        raise InputError(f"{', '.join(protocols or known)} does not fit {source}: it needs other data or labels")
     run.write("evaluation.json", [result.to_dict() for result in found])
-    _save_gallery(run, shown, trained)
+    _save_gallery(run, shown, trained, origin)
     return found
 
 
@@ -131,11 +139,12 @@ def _some_characters(count: int = 40) -> Images:
     return items.subset(torch.isin(items.label, some))
 
 
-def _save_gallery(run: Run, items: Images, method: Method) -> None:
+def _save_gallery(run: Run, items: Images, method: Method, origin: str) -> None:
     if len(items) < 2:
         return
     side = min(64, items.image.shape[-1])
     arrays = {"image": resize(items.image, side).numpy(), "vector": encoder_of(method)(items.image)}
+    arrays["origin"] = np.array(origin)
     if items.label is not None:
         arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes or [""])}
     with writing(run.folder / "gallery.npz") as temporary, open(temporary, "wb") as file:

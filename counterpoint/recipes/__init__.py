@@ -86,6 +86,13 @@ def model_options(cls: type) -> dict[str, Any]:
     return options
 
 
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as a run's config.yaml holds them: named views spelled out, tuples as lists."""
+    from counterpoint.train.method import plain as as_data
+
+    return {key: as_data(_named_views(key, value)) for key, value in options.items()}
+
+
 def _sort(name: str, cls: type, recipe: dict[str, Any], data: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     model, fit = model_options(cls), fit_options()
     for key in recipe:

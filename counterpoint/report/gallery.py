@@ -32,6 +32,7 @@ class Items:
     label: np.ndarray | None  # int64 [N]
     classes: tuple[str, ...]
     labels_used: bool | None
+    origin: str = ""  # where the items come from: did training see them?
     dropped: int = 0
     total: int = 0
 
@@ -80,6 +81,7 @@ def read(path: Path) -> Items | None:
         label=None if label is None else label[index].astype(np.int64),
         classes=classes,
         labels_used=None if used is None else bool(np.all(used)),
+        origin=str(held["origin"]) if "origin" in held else "",
         dropped=dropped,
         total=total,
     )

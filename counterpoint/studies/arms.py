@@ -4,11 +4,12 @@ import json
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from counterpoint.errors import InputError
-from counterpoint.recipes import Experiment
+from counterpoint.recipes import Experiment, plain
 from counterpoint.train import Run, fit, resume
 
 
@@ -21,24 +22,33 @@ def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[
     from counterpoint.evaluate.runs import evaluate
 
     done = folder / "arm.json"
-    config = {"method": experiment.method, "data": experiment.data, **experiment.fit, "seed": seed}
+    config = plain(
+        {"method": experiment.method, "data": experiment.data, **experiment.model, **experiment.fit, "seed": seed}
+    )
     if done.is_file():
         arm = json.loads(done.read_text())
-        if arm["config"] != json.loads(json.dumps(config)):
-            raise InputError(f"{folder} holds another configuration; remove it or choose another --out")
-        return arm
+        before = arm["config"]
+        if different := [name for name in sorted({*before, *config}) if before.get(name) != config.get(name)]:
+            raise InputError(
+                f"{folder} holds another configuration (other {', '.join(different)}); remove it or choose another --out"
+            )
+        if set(protocols or ()) <= arm["results"].keys():
+            return arm
     start = time.perf_counter()
+    forget_peak_memory()
     if (folder / "checkpoints" / "last.safetensors").is_file():
-        run = resume(folder)
+        run = resume(folder, changes=config)
     else:
         if folder.exists():
             import shutil
 
+            if not (folder / "config.yaml").is_file() and any(folder.iterdir()):
+                raise InputError(f"{folder} is in the way and no run; remove it or choose another --out")
             shutil.rmtree(folder)  # stopped before its first checkpoint: nothing to keep
         run = fit(experiment.build(seed), experiment.data, run=folder, **{**experiment.fit, "seed": seed})
     if run.interrupted:
         raise KeyboardInterrupt
-    minutes = (time.perf_counter() - start) / 60
+    minutes, memory = (time.perf_counter() - start) / 60, peak_memory_mb()
     results: dict[str, dict[str, float]] = {}
     for result in evaluate(run, protocols=protocols):
         results.setdefault(result.protocol, {})[result.subject] = result.value
@@ -47,19 +57,35 @@ def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[
         "seed": seed,
         "results": results,
         "minutes": round(minutes, 3),
-        "memory_mb": round(peak_memory_mb()),
+        "memory_mb": round(memory),
         "coupling": mean_of(run, "coupling"),
     }
     run.write("arm.json", arm)
     return arm
 
 
+def forget_peak_memory() -> None:
+    """Start the peak anew, so that an arm does not inherit that of the arm before it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mb() -> float:
-    """Highest memory use of this process so far: of the GPU where there is one, else resident memory."""
+    """Highest memory use since `forget_peak_memory`: of the GPU where there is one, else resident memory.
+
+    Where the system cannot start anew, the highest of the whole process.
+    """
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
     unit = 2**10 if sys.platform != "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

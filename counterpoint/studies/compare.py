@@ -8,7 +8,10 @@ from counterpoint.errors import InputError
 from counterpoint.recipes import Experiment, experiment
 from counterpoint.studies.arms import interval, run_arm
 
-SHARED = ("data", "limit", "encoder", "image_size", "channels", "epochs", "batch_size", "precision")
+SHARED = (
+    *("data", "limit", "encoder", "pretrained", "image_size", "channels"),
+    *("epochs", "batch_size", "accumulate", "precision"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def compare(
     """
     if not names or not seeds:
         raise InputError("compare needs at least one method and one seed")
+    for given in (names, seeds):
+        if len({*given}) < len(given):
+            raise InputError(f"compare takes each method and seed once, not {' '.join(map(str, given))}")
     experiments = {name: experiment(name, **(changes or {})) for name in names}
     shared = _shared(experiments)
     arms: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

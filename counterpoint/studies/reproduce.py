@@ -154,7 +154,10 @@ def value_of(text: str, cell: dict[str, float]) -> float:
             raise InputError(f'"{text}" names {match.group(0)}, which is no arm; there are {", ".join(cell)}')
         return repr(cell[match.group(0)])
 
-    return _compute(ast.parse(CELL.sub(number, text), mode="eval").body, text)
+    try:
+        return _compute(ast.parse(CELL.sub(number, text).strip(), mode="eval").body, text)
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise InputError(f'"{text}" cannot be computed: {error.args[0]}') from error
 
 
 def margin_of(text: str, cell: dict[str, float]) -> float:

@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from counterpoint import contrast
+from counterpoint.errors import InputError
 from counterpoint.train.batches import Batches
 from counterpoint.train.method import Diverged
 
@@ -44,28 +46,57 @@ class Position(lightning.Callback):
 
 
 class FiniteLoss(lightning.Callback):
-    """Stops at the first loss term that is not finite and names step and term; on a GPU it looks every few steps."""
+    """Stops at the first loss term that is not finite and names step and term; on a GPU it looks every few steps.
+
+    Steps count optimiser steps from 1, as in metrics.jsonl.
+    """
 
     def __init__(self, run: Path, every: int = 25):
         self.run, self.every = run, every
         self.seen: list[tuple[int, dict[str, Tensor]]] = []
 
     def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append((trainer.global_step, {name: term.detach() for name, term in method.terms.items()}))
+        self.seen.append((step_of(trainer, batch_idx), {name: t.detach() for name, t in method.terms.items()}))
         if method.device.type == "cpu" or len(self.seen) >= self.every or trainer.is_last_batch:
-            self.check(trainer.current_epoch)
+            self.check(trainer)
 
-    def check(self, epoch: int) -> None:
-        finite = torch.stack([torch.stack(list(terms.values())) for _, terms in self.seen]).isfinite()
-        if not bool(finite.all()):
-            row, place = (~finite).nonzero()[0].tolist()
+    def check(self, trainer: Any) -> None:
+        """Look at the losses of all steps since the last look.
+
+        Raises:
+            Diverged: one is not finite, on any rank.
+        """
+        if not self.seen:
+            return
+        bad = ~torch.stack([torch.stack(list(terms.values())) for _, terms in self.seen]).isfinite()
+        if trainer.world_size > 1:  # every rank stops, or the others would wait for the one that did
+            bad = bad.int()
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        if bool(bad.any()):
+            row, place = bad.nonzero()[0].tolist()
             step, terms = self.seen[row]
-            name = list(terms)[place]
-            raise Diverged(
-                f"{name} became {float(terms[name])} at step {step} (epoch {epoch}): lower lr, raise temperature or use "
-                f"--precision 32-true; the last checkpoint of {self.run} is from before"
-            )
+            name, value = list(terms.items())[place]
+            became = "not finite on another device" if value.isfinite() else float(value)
+            raise Diverged(self.advice(f"{name} became {became}", step, trainer))
         self.seen.clear()
+
+    def check_weights(self, trainer: Any, method: Any) -> None:
+        """Look at everything that a checkpoint would hold: a finite loss can still have had a gradient that is not.
+
+        Raises:
+            Diverged: a weight is not finite.
+        """
+        weights = {name: value for name, value in method.state_dict().items() if value.is_floating_point()}
+        finite = torch.stack([value.isfinite().all() for value in weights.values()])
+        if agreed(trainer, not bool(finite.all()))[0]:
+            name = next((name for name, fine in zip(weights, finite.tolist(), strict=True) if not fine), "another rank")
+            raise Diverged(self.advice(f"the weights {name} are not finite", trainer.global_step, trainer))
+
+    def advice(self, what: str, step: int, trainer: Any) -> str:
+        return (
+            f"{what} at step {step} (epoch {trainer.current_epoch + 1}): lower lr, raise temperature or use --precision "
+            f"32-true; the last checkpoint of {self.run}, if there is one, is from before"
+        )
 
 
 class Recorder(lightning.Callback):
@@ -92,31 +123,44 @@ class Recorder(lightning.Callback):
 
     def on_train_batch_start(self, trainer: Any, method: Any, batch: Any, batch_idx: int) -> None:
         method.watching = self._due(trainer, batch_idx) and (batch_idx // self.every) % self.look == 0
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule moves on to the next step's
 
     def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.images += len(next(iter(batch.values()))) * trainer.world_size
-        if not self._due(trainer, batch_idx) or not trainer.is_global_zero:
+        if not self._due(trainer, batch_idx):
             return
         now = time.perf_counter()
         steps = trainer.num_training_batches
+        # every rank takes part in these: they average and gather
+        terms = {name: float(trainer.strategy.reduce(term.detach().clone())) for name, term in method.terms.items()}
+        shape = {}
+        if method.watched:
+            shape = geometry(**method.watched, temperature=getattr(method, "temperature", None))
+            method.watched = {}
+        if not trainer.is_global_zero:
+            return
         record = {
-            "step": trainer.global_step,
+            "step": step_of(trainer, batch_idx),
             "epoch": round(trainer.current_epoch + (batch_idx + 1) / steps, 4),
-            "loss": total(method),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "loss": sum(terms.values()),
+            "lr": self.lr,
             "images_per_second": round(self.images / max(now - self.mark, 1e-9), 1),
             "time": round(self.elapsed + now - self.start, 3),
         }
-        if len(method.terms) > 1:
-            record["terms"] = {name: float(value) for name, value in method.terms.items()}
-        if method.watched:
-            record |= geometry(**method.watched, temperature=getattr(method, "temperature", None))
-            method.watched = {}
+        if len(terms) > 1:
+            record["terms"] = terms
+        record |= shape
         for logger in trainer.loggers:
             scalars = {name: value for name, value in record.items() if isinstance(value, int | float)}
-            logger.log_metrics(scalars, step=trainer.global_step)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            logger.log_metrics(scalars, step=record["step"])
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path}: {error.strerror or error}; the last checkpoint is intact, so make room and "
+                f"go on with --resume {self.path.parent}"
+            ) from error
         self.elapsed += now - self.start
         self.start = self.mark = time.perf_counter()
         self.images = 0
@@ -128,34 +172,47 @@ class Recorder(lightning.Callback):
 class Checkpointer(lightning.Callback):
     """Keeps ``checkpoints/last.safetensors``: at the end of an epoch at most every `seconds`, at the end, and on Ctrl-C."""
 
-    def __init__(self, run: Path, seconds: float = 30.0):
-        self.path, self.seconds = run / "checkpoints" / "last.safetensors", seconds
+    def __init__(self, run: Path, guard: FiniteLoss, seconds: float = 30.0):
+        self.path, self.guard, self.seconds = run / "checkpoints" / "last.safetensors", guard, seconds
         self.saved = time.perf_counter()
         self.stopped = False
+        self.before: Any = None
 
     def on_train_start(self, trainer: Any, method: Any) -> None:
         def stop(number: int, frame: Any) -> None:
             self.stopped = True
             signal.signal(number, signal.default_int_handler)  # a second Ctrl-C does not wait
 
-        try:
+        with suppress(ValueError):  # not in the main thread: nobody can press Ctrl-C there
             self.before = signal.signal(signal.SIGINT, stop)
-        except ValueError:  # not in the main thread: nobody can press Ctrl-C there
-            self.before = None
 
     def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not stepped(trainer, batch_idx):  # half-accumulated gradients are in no checkpoint
+            return
         last = batch_idx + 1 == trainer.num_training_batches
         final = last and trainer.current_epoch + 1 == trainer.max_epochs
         waited = time.perf_counter() - self.saved
-        if self.stopped or final or (last and waited >= self.seconds) or waited >= 20 * max(self.seconds, 1):
+        due = final or (last and waited >= self.seconds) or waited >= 20 * max(self.seconds, 1)
+        self.stopped, due = agreed(trainer, self.stopped, due)
+        if self.stopped or due:
+            self.guard.check(trainer)
+            self.guard.check_weights(trainer, method)
             trainer.save_checkpoint(self.path)
             self.saved = time.perf_counter()
         if self.stopped:
             trainer.should_stop = True
 
     def teardown(self, trainer: Any, method: Any, stage: str) -> None:
-        if getattr(self, "before", None) is not None:
+        self.give_back()
+
+    def on_exception(self, trainer: Any, method: Any, exception: BaseException) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Ctrl-C means again what it meant before the training."""
+        if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+            self.before = None
 
 
 class Progress(lightning.Callback):
@@ -211,6 +268,29 @@ class Progress(lightning.Callback):
         bar = getattr(self, "bar", None)
         if bar is not None:
             bar.stop()
+
+    def on_exception(self, trainer: Any, method: Any, exception: BaseException) -> None:
+        self.teardown(trainer, method, "fit")
+
+
+def stepped(trainer: Any, batch_idx: int) -> bool:
+    """Whether this batch ended with an optimiser step (under accumulation not every one does)."""
+    done = batch_idx + 1
+    return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
+
+
+def step_of(trainer: Any, batch_idx: int) -> int:
+    """Number, from 1, of the optimiser step to which a finished batch contributes."""
+    return trainer.global_step + (not stepped(trainer, batch_idx))
+
+
+def agreed(trainer: Any, *flags: bool) -> list[bool]:
+    """The flags, true where any rank says so: ranks that act apart would wait for each other forever."""
+    if trainer.world_size == 1:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def total(method: Any) -> float:

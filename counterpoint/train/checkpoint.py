@@ -58,6 +58,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
 
 def _split(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        while place in tensors:  # {"a.b": x, "a": {"b": y}} meet at one place
+            place += "'"
         tensors[place] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": place}
     if isinstance(value, dict):

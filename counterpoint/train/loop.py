@@ -1,6 +1,9 @@
 """Training: Lightning underneath, a run folder as the result."""
 
+import inspect
 import logging
+import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from counterpoint.data import load
-from counterpoint.errors import InputError
+from counterpoint.errors import InputError, nearest
 from counterpoint.train.batches import Batches
 from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, StepSeed
 from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
@@ -17,6 +20,9 @@ from counterpoint.train.optimise import Optimisation
 from counterpoint.train.run import Run, describe, environment, make_folder, next_folder
 
 log = logging.getLogger("counterpoint")
+
+FOLDER = "COUNTERPOINT_RUN"
+"""Environment variable by which the first of several processes tells the others where the run is."""
 
 
 def fit(
@@ -28,12 +34,12 @@ def fit(
     optimizer: Literal["sgd", "lars", "adam", "adamw"] = "sgd",
     lr: float = 0.06,
     weight_decay: float = 5e-4,
-    momentum: float = 0.9,
+    sgd_momentum: float = 0.9,
     warmup: float = 0.0,
     schedule: Literal["cosine", "constant"] = "cosine",
     accumulate: int = 1,
     clip: float | None = None,
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true",
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     device: Literal["auto", "cpu", "gpu"] = "auto",
     devices: int = 1,
     compile: bool = False,
@@ -60,7 +66,7 @@ def fit(
         optimizer: update rule.
         lr: peak learning rate, used as given.
         weight_decay: on weights, not on biases and normalisation.
-        momentum: of sgd and lars.
+        sgd_momentum: of sgd and lars.
         warmup: share of all steps with linearly growing rate.
         schedule: cosine to zero, or constant.
         accumulate: batches per optimiser step. It adds no negatives: each batch contrasts only with itself.
@@ -87,11 +93,16 @@ def fit(
         Diverged: a loss that is not finite.
     """
     options = {name: value for name, value in locals().items() if name not in ("method", "data", "run", "command")}
+    _check_options(options)
     items = load(data, split="train", size=method.stored_size, limit=limit, seed=seed)
     config = describe(method, _name(data), options, command)
     _check(method, items, batch_size, accumulate)
+    if devices > 1 and os.environ.get("LOCAL_RANK", "0") != "0":  # started beside the first, which made the folder
+        place = Path(os.environ.get(FOLDER) or run or "runs")
+        return _train(Run(place, method), method, items, options, resume=False)
     folder = next_folder(config["method"].rsplit(":", 1)[-1].lower()) if run is None else Path(run)
     make_folder(folder)
+    os.environ[FOLDER] = str(folder)
     result = Run(folder, method)
     result.write("config.yaml", config)
     result.write("environment.json", environment())
@@ -114,14 +125,24 @@ def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | No
     different = []
     known = {"method": config["method"], "data": config["data"], **config["model"], **config["fit"]}
     for name, value in (changes or {}).items():
-        if name in known and known[name] != value:
-            different.append(f"{name}: {known[name]} in the run, {value} now")
+        before: Any = known
+        for part in name.split("."):
+            if not isinstance(before, dict) or part not in before:
+                raise InputError(f"{folder} has no option {name}{nearest(name, known)}")
+            before = before[part]
+        if before != value:
+            different.append(f"{name}: {before} in the run, {value} now")
     if different:
         raise InputError(f"{folder} was trained with another configuration ({'; '.join(different)}); start a new run")
     if not result.checkpoint.is_file():
         raise InputError(f"{folder} has no checkpoint yet: it was stopped before its first one; start again")
     load_state(result.checkpoint)
+    for rest in result.checkpoint.parent.glob(".*.partial"):  # of a process that was killed while it wrote
+        rest.unlink(missing_ok=True)
     options = config["fit"]
+    missing = [name for name in _options() if name not in options]
+    if missing:
+        raise InputError(f"{folder}/config.yaml does not say {', '.join(missing)}: another version wrote it")
     if data is None and config["data"] is None:
         raise InputError(f"{folder} was trained on an array: pass the same data again")
     method = result.untrained().train()
@@ -142,15 +163,16 @@ def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    fields = ("optimizer", "lr", "momentum", "weight_decay", "warmup", "schedule")
-    method.optimisation = Optimisation(**{name: options[name] for name in fields})
+    fields = ("optimizer", "lr", "weight_decay", "warmup", "schedule")
+    method.optimisation = Optimisation(**{name: options[name] for name in fields}, momentum=options["sgd_momentum"])
     torch.manual_seed(options["seed"])
     batches = Batches.of(items, method, options["batch_size"], seed=options["seed"], workers=options["workers"])
-    checkpointer = Checkpointer(result.folder, options["checkpoint_seconds"])
+    guard = FiniteLoss(result.folder)
+    checkpointer = Checkpointer(result.folder, guard, options["checkpoint_seconds"])
     callbacks: list[Any] = [
         StepSeed(options["seed"]),
         Position(batches),
-        FiniteLoss(result.folder),
+        guard,
         Recorder(result.folder, options["log_every"]),
         checkpointer,
     ]
@@ -179,17 +201,47 @@ def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, 
         for part in method.children():
             part.compile()
     method.train()
-    trainer.fit(method, batches, ckpt_path=str(result.checkpoint) if resume else None)
+    try:
+        trainer.fit(method, batches, ckpt_path=str(result.checkpoint) if resume else None)
+    except SystemExit:  # what Lightning makes of a second Ctrl-C
+        raise KeyboardInterrupt from None
+    if trainer.world_size > 1:
+        result.folder = Path(trainer.strategy.broadcast(str(result.folder)))
+        torch.distributed.destroy_process_group()  # or the next loss that someone computes would wait for the others
     result.interrupted = checkpointer.stopped
     method.eval()
     return result
 
 
-def _check(method: Method, items: Any, batch_size: int, accumulate: int) -> None:
-    if len(items) < 2 or batch_size < 2:
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse numbers that no training can mean, before anything is loaded or created."""
+    limits: dict[str, tuple[float, float]] = {
+        **dict.fromkeys(("epochs", "accumulate", "devices", "log_every"), (1, math.inf)),
+        **dict.fromkeys(("weight_decay", "workers", "checkpoint_seconds"), (0, math.inf)),
+        **dict.fromkeys(("sgd_momentum", "warmup"), (0, 1)),
+    }
+    for name, (low, high) in limits.items():
+        if not low <= options[name] <= high:
+            between = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise InputError(f"{name} must be {between}, not {options[name]}")
+    for name in ("lr", "clip"):
+        value = options[name]
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} must be a positive number, not {value}")
+    if options["device"] == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise InputError("device is gpu, but torch finds none here; use --device cpu or auto")
+    if options["devices"] > 1 and options["device"] != "cpu" and options["devices"] > torch.cuda.device_count() > 0:
+        raise InputError(f"devices is {options['devices']}, but there are {torch.cuda.device_count()} GPUs")
+    if options["batch_size"] < 2 * options["devices"]:
+        each = "" if options["devices"] == 1 else f" on each of the {options['devices']} devices"
         raise InputError(
-            f"contrast needs at least two items in a batch: the data has {len(items)}, batch_size is {batch_size}"
+            f"contrast needs at least two items in a batch{each}, but batch_size is {options['batch_size']}"
         )
+
+
+def _check(method: Method, items: Any, batch_size: int, accumulate: int) -> None:
+    if len(items) < 2:
+        raise InputError(f"contrast needs at least two items in a batch, but the data has {len(items)}")
     if batch_size > len(items):
         log.warning("batch_size %d is larger than the data: using %d", batch_size, len(items))
     if accumulate > 1:
@@ -198,6 +250,11 @@ def _check(method: Method, items: Any, batch_size: int, accumulate: int) -> None
             accumulate,
             batch_size,
         )
+
+
+def _options() -> list[str]:
+    parameters = inspect.signature(fit).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("run", "command")]
 
 
 def _name(data: Any) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterpoint.errors import CounterpointError, InputError
+from counterpoint.errors import CounterpointError, InputError, nearest
 from counterpoint.train.optimise import Optimisation, build_optimiser, decay_groups
 
 Batch = dict[str, Tensor]
@@ -129,8 +129,6 @@ def construct(cls: type[Method], arguments: dict[str, Any]) -> Method:
     Raises:
         InputError: an argument the constructor does not have.
     """
-    from counterpoint.errors import nearest
-
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base) and issubclass(base, Method):
@@ -157,9 +155,12 @@ def plain(value: Any) -> Any:
 def _typed(value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, type(int | str)) else (hint,)
     for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+        if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, dict):
             inner = typing.get_type_hints(option)
-            return option(**{name: _typed(item, inner.get(name)) for name, item in value.items()})  # type: ignore[operator]
+            for name in value:
+                if name not in inner:
+                    raise InputError(f'{option.__name__} has no field "{name}"{nearest(name, inner)}')
+            return option(**{name: _typed(item, inner[name]) for name, item in value.items()})
         if typing.get_origin(option) is tuple and isinstance(value, list):
             inside = typing.get_args(option)
             inside = inside * len(value) if len(inside) != len(value) else inside

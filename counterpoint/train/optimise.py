@@ -60,6 +60,8 @@ def build_optimiser(groups: list[dict[str, Any]], choice: Optimisation, total_st
         case "lars":
             from timm.optim.lars import Lars
 
+            # timm's adapts only what decays: say it, so that a weight decay of 0 does not turn LARS into SGD
+            groups = [{"always_adapt": all(p.ndim > 1 for p in group["params"]), **group} for group in groups]
             optimiser = Lars(groups, lr=choice.lr, momentum=choice.momentum)
         case unknown:
             raise InputError(f'no optimizer named "{unknown}"; there are sgd, lars, adam, adamw')

@@ -40,8 +40,20 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration: method, its arguments, data, fit arguments."""
-        return yaml.safe_load((self.folder / "config.yaml").read_text())
+        """The resolved configuration: method, its arguments, data, fit arguments.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self.folder / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        for name, kind in (("method", str), ("model", dict), ("data", str | None), ("fit", dict)):
+            if not isinstance(config, dict) or not isinstance(config.get(name, NotImplemented), kind):
+                raise InputError(f"{path} is damaged: it does not hold {name}")
+        return config
 
     @property
     def checkpoint(self) -> Path:
@@ -50,11 +62,12 @@ class Run:
     def model(self) -> Method:
         """The trained method, in evaluation mode."""
         method = self.untrained()
-        state = load_state(self.checkpoint)["state_dict"]
+        state = load_state(self.checkpoint)
         try:
-            method.load_state_dict(state)
-        except RuntimeError as error:
-            raise InputError(f"{self.checkpoint} does not belong to {self.folder}/config.yaml: {error}") from error
+            method.load_state_dict(state["state_dict"])
+        except (RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.checkpoint} does not belong to {self.folder}/config.yaml: {reason}") from error
         return method.eval()
 
     def untrained(self) -> Method:

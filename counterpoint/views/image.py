@@ -163,11 +163,11 @@ HANDWRITING = ImageViews(
     jitter_p=0.0,
     grey=0.0,
     blur=0.0,
-    rotate=15.0,
-    shear=12.0,
-    translate=0.1,
-    scale=(0.8, 1.2),
-    elastic=0.025,
+    rotate=20.0,
+    shear=15.0,
+    translate=0.12,
+    scale=(0.7, 1.3),
+    elastic=0.04,
     thickness=0.5,
 )
 """Our own choice for drawn characters: what varies between two drawings of the same character, and nothing that could

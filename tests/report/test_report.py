@@ -390,3 +390,10 @@ def test_axis_and_numbers() -> None:
 def test_template_has_no_place_left_empty() -> None:
     with pytest.raises(KeyError):
         page.fill("{{missing}}", title="x")
+
+
+def test_page_says_where_the_shown_items_come_from(run: Path) -> None:
+    with np.load(run / "gallery.npz") as file:
+        held = {name: file[name] for name in file.files}
+    np.savez(run / "gallery.npz", **held, origin=np.array("items <training> saw"))
+    assert "They are items &lt;training&gt; saw." in write(run).read_text()
