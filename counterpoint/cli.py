@@ -212,11 +212,10 @@ def embed(argv: list[str]) -> int:
     import numpy as np
 
     from counterpoint.atomic import writing
-    from counterpoint.data import load
     from counterpoint.train import Run
 
     method = Run.open(options.run).model()
-    items = load(options.data, options.split, size=method.stored_size)
+    items = method.read(options.data, options.split)
     arrays = {"vector": method.encode(items)}
     if items.label is not None:
         arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes)}
@@ -461,7 +460,7 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         written = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read the configuration {path}: {error}") from error
+        raise InputError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
     if not isinstance(written, dict):
         raise InputError(f"{path} holds no configuration: option: value lines are expected")
     notes = ("model", "fit", "command", "run", "labels_used_in_training")

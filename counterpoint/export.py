@@ -19,7 +19,7 @@ def export(run: Run, to: str, out: str | Path | None = None) -> tuple[Path, floa
     Args:
         run: a trained run.
         to: "safetensors": one file that `load_encoder` (or any safetensors reader) opens; "timm": a folder that
-            ``timm.create_model("local-dir:FOLDER")`` opens, for encoders that timm can rebuild unchanged.
+            ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens, for encoders that timm can rebuild unchanged.
         out: where to; default beside the checkpoints.
 
     Returns:
@@ -50,7 +50,7 @@ def export(run: Run, to: str, out: str | Path | None = None) -> tuple[Path, floa
     import timm
 
     _save_timm(encoder, path)
-    again = timm.create_model(f"local-dir:{path}", num_classes=0).eval()
+    again = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
     with torch.no_grad():
         difference = float((model(images) - again(images)).abs().max())
     if not difference < 1e-3:
@@ -72,10 +72,11 @@ def load_encoder(path: str | Path) -> torch.nn.Module:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["encoder"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not an encoder that counterpoint exported: {error}") from error
-    encoder = encoders.image(about["name"], image_size=about["image_size"], channels=about["channels"])
-    encoder.load_state_dict(state)
+        encoder = encoders.image(about["name"], image_size=about["image_size"], channels=about["channels"])
+        encoder.load_state_dict(state)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not an encoder that counterpoint exported: {reason}") from error
     return encoder.eval()
 
 

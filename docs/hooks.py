@@ -5,6 +5,7 @@ MkDocs calls the `on_*` functions. Nothing here needs the network, and pages loa
 - A line ``::: dotted.path`` becomes the signature and docstring of that object (Google style, with RST math).
 - A line ``<!-- methods -->`` becomes the table of methods.
 - ``$...$`` and ``$$...$$`` become MathML.
+- A line ``<!-- comparisons -->`` becomes a table for every record in ``results/comparisons/``.
 - ``methods/`` gets an index and one page for every method that is ready.
 """
 
@@ -51,6 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in reference sections and tables, then set formulas aside, where Markdown cannot touch them."""
     markdown = re.sub(r"^<!-- methods -->$", lambda _: _methods_table("methods/"), markdown, flags=re.M)
+    markdown = re.sub(r"^<!-- comparisons -->$", lambda _: _comparisons(), markdown, flags=re.M)
     markdown = re.sub(r"^::: ([\w.]+)$", lambda found: _reference(found[1]), markdown, flags=re.M)
     formulas: list[str] = []
     page.meta["formulas"] = formulas
@@ -222,7 +224,50 @@ def _evidence(slug: str) -> str:
         said.append("No study has been recorded for it.")
     else:
         said += _study(study)
+    said += _compared(slug)
     return "\n\n".join(said) + "\n"
+
+
+def _records() -> dict[str, dict[str, Any]]:
+    """Recorded comparisons by name."""
+    folder = results.folder() / "comparisons"
+    return {path.stem: results.read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def _comparisons() -> str:
+    """One table a recorded comparison; what learned nothing comes first."""
+    parts = []
+    for name, record in _records().items():
+        shared = record["shared"]
+        items = f"{shared['limit']:,} items" if shared["limit"] else "all items"
+        parts.append(
+            f"## {name}\n\n{shared['data']}, {items}, encoder {shared['encoder']}, {shared['epochs']} epochs, batch "
+            f"{shared['batch_size']}, seeds {', '.join(map(str, record['seeds']))}; {record['environment']['device']}, "
+            f"torch {record['environment']['torch']}. Record: `results/comparisons/{name}.json`.\n"
+        )
+        protocols = [key for key in record["rows"][0] if key != "name"]
+        parts.append(f"| | {' | '.join(protocols)} | minutes | memory |\n|---|{'---|' * (len(protocols) + 2)}")
+        for row in record["rows"]:
+            cells = [f"{row[key]['mean']:.1f} ± {row[key]['deviation']:.1f}" for key in protocols]
+            cost = [f"{row['minutes']:.1f}", f"{row['memory_mb']:,} MB"] if "minutes" in row else ["", ""]
+            parts.append(f"| {row['name']} | {' | '.join(cells + cost)} |")
+        parts.append("")
+    return "\n".join(parts) if parts else "None recorded yet."
+
+
+def _compared(slug: str) -> list[str]:
+    """What the recorded comparisons say of one method."""
+    said = []
+    for name, record in _records().items():
+        for row in record["rows"]:
+            if _all_recipes().get(row["name"], {}).get("method", row["name"]) == slug:
+                values = ", ".join(
+                    f"{key} {value['mean']:.1f} ± {value['deviation']:.1f}"
+                    for key, value in row.items()
+                    if isinstance(value, dict)
+                )
+                said.append(f"- `{row['name']}` in [{name}](../comparisons.md#{name}): {values}")
+    return ["Measured side by side, mean and deviation over seeds:\n\n" + "\n".join(said)] if said else []
 
 
 def _study(study: dict[str, Any]) -> list[str]:

@@ -79,6 +79,25 @@ class Images:
     def __len__(self) -> int:
         return len(self.image)
 
+    @property
+    def lengths(self) -> None:
+        """Images have no length."""
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return self.image.nbytes
+
+    def take(self, index: Tensor) -> dict[str, Tensor]:
+        """A batch: image uint8 [B, C, H, W], index int64 [B], and label int64 [B] where there are labels."""
+        batch = {"image": self.image[index], "index": index}
+        return batch if self.label is None else {**batch, "label": self.label[index]}
+
+    def to(self, device: torch.device) -> Images:
+        """The same images on another device."""
+        label = None if self.label is None else self.label.to(device)
+        return replace(self, image=self.image.to(device), label=label)
+
     def subset(self, index: Tensor | np.ndarray | Sequence[int] | slice) -> Images:
         """The items at `index` (positions, a boolean mask or a slice), in that order."""
         if isinstance(index, slice):
@@ -161,6 +180,10 @@ class ImageFiles(Dataset[dict[str, Any]]):
                 item["label"] = int(self.label[at])
             return item
         raise InputError(f"{self.name}: none of the {len(self):,} files can be read")
+
+    def channels(self, c: int) -> ImageFiles:
+        """The same files, decoded to `c` channels (1 or 3)."""
+        return replace(self, colour=c == 3)
 
     def subset(self, index: Tensor | np.ndarray | Sequence[int]) -> ImageFiles:
         """The items at `index`, in that order."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.atomic import writing
-from counterpoint.data import Images, load, omniglot
+from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
 from counterpoint.evaluate.protocols import Result, geometry, knn, linear_probe, one_shot, raw_pixels
@@ -48,14 +49,17 @@ def evaluate(run: Run, data: Any = None, *, protocols: list[str] | None = None) 
     source = config["data"] if data is None else data
     if source is None:
         raise InputError("this run was trained on an array: pass the data to evaluate it on")
-    trained = run.model()
-    subjects = [("trained", encoder_of(trained)), ("untrained", encoder_of(run.untrained())), ("raw pixels", pixels)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained, untrained = run.model().to(device), run.untrained().to(device)
+    subjects = [("trained", encoder_of(trained)), ("untrained", encoder_of(untrained)), ("raw pixels", pixels)]
     if source == "omniglot":
         found = list(_one_shot(subjects)) if wanted("one-shot-20way", protocols) else []
         shown, origin = _some_characters(), "drawings that training saw, without their labels"
     else:
         limit = config["fit"]["limit"] if data is None else None
         train, test, note = _parts(source, trained, limit, config["fit"]["seed"])
+        if note:
+            note += _seen(data, config["data"])
         classes = 0 if train.label is None else len(train.label.unique())
         if classes == 1 and protocols is None:
             log.warning("all labels of %s are the same, so there is nothing to classify", train.name)
@@ -120,15 +124,23 @@ def _geometry(subjects, test: Images, unlabelled: bool) -> Iterator[Result]:
 
 
 def _parts(source: Any, method: Method, limit: int | None, seed: int) -> tuple[Images, Images, str]:
-    train = load(source, "train", size=method.stored_size, limit=limit, seed=seed, resident=True)
+    train = method.read(source, "train", limit=limit, seed=seed, resident=True)
     assert isinstance(train, Images)
     try:
-        test = load(source, "test", size=method.stored_size, resident=True)
+        if isinstance(source, Images):
+            raise InputError("items in memory have no parts")
+        test = method.read(source, "test", resident=True)
         assert isinstance(test, Images)
         return train, test, ""
     except InputError:
         first, second = train.split(0.2)
-        return first, second, "held out by us: a fifth of the images; training saw their pixels, not their labels"
+        return first, second, "held out by us: a fifth of the images; "
+
+
+def _seen(data: Any, trained_on: str | None) -> str:
+    if data is None or (isinstance(data, str | Path) and str(data) == trained_on):
+        return "training saw their pixels, not their labels"
+    return "training may have seen their pixels" if trained_on is None else "training used other data"
 
 
 def _some_characters(count: int = 40) -> Images:

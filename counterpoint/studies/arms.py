@@ -19,8 +19,8 @@ def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[
     Returns:
         ``{"results": {protocol: {subject: value}}, "minutes": .., "memory_mb": .., "coupling": .., "seed": ..}``
     """
-    from counterpoint.evaluate.runs import evaluate
-
+    if experiment.fit.get("devices", 1) > 1:
+        raise InputError("the runs of a study or comparison train on one device each; leave --devices out")
     done = folder / "arm.json"
     config = plain(
         {"method": experiment.method, "data": experiment.data, **experiment.model, **experiment.fit, "seed": seed}
@@ -32,8 +32,11 @@ def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[
             raise InputError(
                 f"{folder} holds another configuration (other {', '.join(different)}); remove it or choose another --out"
             )
-        if set(protocols or ()) <= arm["results"].keys():
-            return arm
+        if not set(protocols or ()) <= arm["results"].keys():
+            run = Run.open(folder)
+            arm["results"] |= _measured(run, protocols)
+            run.write("arm.json", arm)
+        return arm
     start = time.perf_counter()
     forget_peak_memory()
     if (folder / "checkpoints" / "last.safetensors").is_file():
@@ -49,19 +52,25 @@ def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[
     if run.interrupted:
         raise KeyboardInterrupt
     minutes, memory = (time.perf_counter() - start) / 60, peak_memory_mb()
-    results: dict[str, dict[str, float]] = {}
-    for result in evaluate(run, protocols=protocols):
-        results.setdefault(result.protocol, {})[result.subject] = result.value
     arm = {
         "config": config,
         "seed": seed,
-        "results": results,
+        "results": _measured(run, protocols),
         "minutes": round(minutes, 3),
         "memory_mb": round(memory),
         "coupling": mean_of(run, "coupling"),
     }
     run.write("arm.json", arm)
     return arm
+
+
+def _measured(run: Run, protocols: list[str] | None) -> dict[str, dict[str, float]]:
+    from counterpoint.evaluate.runs import evaluate
+
+    results: dict[str, dict[str, float]] = {}
+    for result in evaluate(run, protocols=protocols):
+        results.setdefault(result.protocol, {})[result.subject] = result.value
+    return results
 
 
 def forget_peak_memory() -> None:

@@ -44,7 +44,7 @@ class Study:
             name = changes.pop("recipe")
             for values in itertools.product(*self.over.values()):
                 cell = arm + "".join(f"@{value}" for value in values)
-                found[cell] = experiment(name, **changes, **dict(zip(self.over, values, strict=True)))
+                found[cell] = experiment(name, **{**changes, **dict(zip(self.over, values, strict=True))})
         return found
 
 

@@ -20,51 +20,30 @@ class Batches:
     each rank takes its slice.
 
     Args:
-        items: resident ``Images`` (tensors) or a map-style data set of dictionaries (``ImageFiles``).
-        tensors: the resident tensors by name; None when `items` streams.
+        items: resident `Items`, or a map-style data set of dictionaries (``ImageFiles``).
         batch_size: items per batch over all ranks.
         seed: decides the order together with the epoch.
-        shuffle: False keeps the order of the data and the last, smaller batch.
+        shuffle: False goes through all items once, the last batch smaller: in their order, or from long to short where
+            they have lengths.
         workers: decoding processes for streamed items.
     """
 
-    def __init__(
-        self,
-        items: Any,
-        tensors: Batch | None,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        workers: int = 2,
-    ):
+    def __init__(self, items: Any, batch_size: int, *, seed: int = 0, shuffle: bool = True, workers: int = 2):
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
-        self.items, self.tensors, self.seed, self.shuffle, self.workers = items, tensors, seed, shuffle, workers
+        self.items, self.seed, self.shuffle, self.workers = items, seed, shuffle, workers
+        self.resident = hasattr(items, "take")
         self.batch_size = min(batch_size, len(items))
+        self.device = torch.device("cpu")
         self.rank, self.ranks = 0, 1
         self.epoch, self.batch = 0, 0
 
-    @classmethod
-    def of(cls, items: Any, method: Any, batch_size: int, **options: Any) -> "Batches":
-        """Batches of what `counterpoint.data.load` returned, in the channels that `method` sees."""
-        channels = getattr(method, "channels", None)
-        if not hasattr(items, "image"):
-            return cls(items, None, batch_size, **options)
-        if channels is not None:
-            items = items.channels(channels)
-        tensors = {"image": items.image, "index": torch.arange(len(items))}
-        if items.label is not None:
-            tensors["label"] = items.label
-        return cls(items, tensors, batch_size, **options)
-
     def to(self, device: torch.device, rank: int = 0, ranks: int = 1) -> "Batches":
-        """Move resident tensors to `device` (unless they would take over half of its free memory)."""
+        """Move resident items to `device` (unless they would take over half of its free memory)."""
         self.rank, self.ranks = rank, ranks
-        if self.tensors is not None and device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if sum(value.nbytes for value in self.tensors.values()) < free / 2:
-                self.tensors = {name: value.to(device) for name, value in self.tensors.items()}
+        # what streams has no size: only ask what is resident
+        if self.resident and (device.type != "cuda" or self.items.nbytes < torch.cuda.mem_get_info(device)[0] / 2):
+            self.items, self.device = self.items.to(device), device
         return self
 
     def __len__(self) -> int:
@@ -75,26 +54,28 @@ class Batches:
         # a generator: where to start is decided when the first batch is asked for, after a resumed position is in place
         if self.batch >= len(self):
             self.epoch, self.batch = self.epoch + 1, 0
-        yield from self._resident() if self.tensors is not None else self._streamed()
+        yield from self._resident() if self.resident else self._streamed()
 
     def _resident(self) -> Iterator[Batch]:
-        assert self.tensors is not None
-        order = self._order().to(self.tensors["image"].device)
+        order = self.order().to(self.device)
         while self.batch < len(self):
             index = self._slice(order, self.batch)
             self.batch += 1
-            yield {name: value[index] for name, value in self.tensors.items()}
+            yield self.items.take(index)
 
     def _streamed(self) -> Iterator[Batch]:
-        order = self._order()
+        order = self.order()
         remaining = [self._slice(order, batch).tolist() for batch in range(self.batch, len(self))]
         for batch in DataLoader(self.items, batch_sampler=remaining, num_workers=self.workers):
             self.batch += 1
             yield batch
 
-    def _order(self) -> Tensor:
+    def order(self) -> Tensor:
+        """Position of every item of this epoch, in the order in which the batches take them."""
         if not self.shuffle:
-            return torch.arange(len(self.items))
+            lengths = getattr(self.items, "lengths", None)
+            every = torch.arange(len(self.items))
+            return every if lengths is None else lengths.cpu().argsort(descending=True, stable=True)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return torch.randperm(len(self.items), generator=generator)
 

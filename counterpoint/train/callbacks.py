@@ -203,16 +203,8 @@ class Checkpointer(lightning.Callback):
             trainer.should_stop = True
 
     def teardown(self, trainer: Any, method: Any, stage: str) -> None:
-        self.give_back()
-
-    def on_exception(self, trainer: Any, method: Any, exception: BaseException) -> None:
-        self.give_back()
-
-    def give_back(self) -> None:
-        """Ctrl-C means again what it meant before the training."""
-        if self.before is not None:
+        if self.before is not None:  # after an exception Lightning gives it back
             signal.signal(signal.SIGINT, self.before)
-            self.before = None
 
 
 class Progress(lightning.Callback):

@@ -4,18 +4,19 @@ import inspect
 import logging
 import math
 import os
+import shutil
+import typing
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from counterpoint.data import load
 from counterpoint.errors import InputError, nearest
 from counterpoint.train.batches import Batches
 from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, StepSeed
 from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
-from counterpoint.train.method import Method
+from counterpoint.train.method import Method, checked
 from counterpoint.train.optimise import Optimisation
 from counterpoint.train.run import Run, describe, environment, make_folder, next_folder
 
@@ -94,7 +95,7 @@ def fit(
     """
     options = {name: value for name, value in locals().items() if name not in ("method", "data", "run", "command")}
     _check_options(options)
-    items = load(data, split="train", size=method.stored_size, limit=limit, seed=seed)
+    items = method.read(data, limit=limit, seed=seed)
     config = describe(method, _name(data), options, command)
     _check(method, items, batch_size, accumulate)
     if devices > 1 and os.environ.get("LOCAL_RANK", "0") != "0":  # started beside the first, which made the folder
@@ -104,9 +105,14 @@ def fit(
     make_folder(folder)
     os.environ[FOLDER] = str(folder)
     result = Run(folder, method)
-    result.write("config.yaml", config)
-    result.write("environment.json", environment())
-    return _train(result, method, items, options, resume=False)
+    try:
+        result.write("config.yaml", config)
+        result.write("environment.json", environment())
+        return _train(result, method, items, options, resume=False)
+    except BaseException:
+        if not (folder / "metrics.jsonl").exists() and not result.checkpoint.exists():
+            shutil.rmtree(folder)  # nothing happened: leave the name free for another try
+        raise
 
 
 def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | None = None) -> Run:
@@ -146,13 +152,7 @@ def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | No
     if data is None and config["data"] is None:
         raise InputError(f"{folder} was trained on an array: pass the same data again")
     method = result.untrained().train()
-    items = load(
-        config["data"] if data is None else data,
-        split="train",
-        size=method.stored_size,
-        limit=options["limit"],
-        seed=options["seed"],
-    )
+    items = method.read(config["data"] if data is None else data, limit=options["limit"], seed=options["seed"])
     result.method = method
     return _train(result, method, items, options, resume=True)
 
@@ -166,7 +166,7 @@ def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, 
     fields = ("optimizer", "lr", "weight_decay", "warmup", "schedule")
     method.optimisation = Optimisation(**{name: options[name] for name in fields}, momentum=options["sgd_momentum"])
     torch.manual_seed(options["seed"])
-    batches = Batches.of(items, method, options["batch_size"], seed=options["seed"], workers=options["workers"])
+    batches = Batches(items, options["batch_size"], seed=options["seed"], workers=options["workers"])
     guard = FiniteLoss(result.folder)
     checkpointer = Checkpointer(result.folder, guard, options["checkpoint_seconds"])
     callbacks: list[Any] = [
@@ -214,7 +214,10 @@ def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, 
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse numbers that no training can mean, before anything is loaded or created."""
+    """Refuse what no training can mean, before anything is loaded or created."""
+    hints = typing.get_type_hints(fit)
+    for name, value in options.items():
+        checked(name, value, hints[name])
     limits: dict[str, tuple[float, float]] = {
         **dict.fromkeys(("epochs", "accumulate", "devices", "log_every"), (1, math.inf)),
         **dict.fromkeys(("weight_decay", "workers", "checkpoint_seconds"), (0, math.inf)),

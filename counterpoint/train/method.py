@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import types
 import typing
 from abc import abstractmethod
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from counterpoint.data import load
 from counterpoint.errors import CounterpointError, InputError, nearest
+from counterpoint.train.batches import Batches
 from counterpoint.train.optimise import Optimisation, build_optimiser, decay_groups
 
 Batch = dict[str, Tensor]
@@ -39,7 +42,7 @@ class Method(lightning.LightningModule):
     def __new__(cls, *args: Any, **kwargs: Any) -> "Method":
         method = super().__new__(cls)
         signature = inspect.signature(cls.__init__)
-        bound = signature.bind(method, *args, **kwargs)
+        bound = signature.bind_partial(method, *args, **kwargs)  # copying a method calls this without arguments
         bound.apply_defaults()
         arguments = dict(list(bound.arguments.items())[1:])
         for parameter in signature.parameters.values():
@@ -92,26 +95,39 @@ class Method(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         return build_optimiser(self.parameter_groups(), self.optimisation, self.trainer.estimated_stepping_batches)
 
+    def read(
+        self, data: Any, split: str = "train", *, limit: int | None = None, seed: int = 0, resident: bool | None = None
+    ) -> Any:
+        """The items of `data` as this method takes them; by default images.
+
+        Args:
+            data: whatever `counterpoint.data.load` takes: a known name, a folder, a file of arrays, an array, a tensor.
+            split: which part of a data set that has several.
+            limit: at most so many, a seeded random subset.
+            seed: of that subset.
+            resident: True holds the items in memory, False streams them, None decides by their size.
+        """
+        items = load(data, split, size=self.stored_size, limit=limit, seed=seed, resident=resident)
+        channels = getattr(self, "channels", None)
+        return items if channels is None else items.channels(channels)
+
     @torch.no_grad()
     def encode(self, data: Any, *, split: str = "train", batch_size: int = 512) -> np.ndarray:
         """Embeddings of a data set as a float32 array ``[N, D]``.
 
         Args:
-            data: whatever `counterpoint.data.load` takes: a known name, a folder, a file of arrays, an array, a tensor.
+            data: whatever `read` takes.
             split: which part of a data set that has several.
             batch_size: items per forward pass.
         """
-        from counterpoint.data import load
-        from counterpoint.train.batches import Batches
-
-        items = load(data, split=split, size=self.stored_size)
-        batches = Batches.of(items, self, batch_size, shuffle=False).to(self.device)
+        batches = Batches(self.read(data, split), batch_size, shuffle=False).to(self.device)
         training = self.training
         self.eval()
         try:
-            return torch.cat([self.embed(self.to_device(batch)).float().cpu() for batch in batches]).numpy()
+            found = torch.cat([self.embed(self.to_device(batch)).float().cpu() for batch in batches])
         finally:
             self.train(training)
+        return found[batches.order().argsort()].numpy()
 
     @property
     def stored_size(self) -> int | None:
@@ -137,8 +153,38 @@ def construct(cls: type[Method], arguments: dict[str, Any]) -> Method:
     for name, value in arguments.items():
         if name not in hints:
             raise InputError(f'{cls.__name__} has no argument "{name}"{nearest(name, hints)}')
-        built[name] = _typed(value, hints[name])
+        built[name] = checked(name, _typed(value, hints[name]), hints[name])
     return cls(**built)
+
+
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """`value`, if it is of the type that the argument `name` declares.
+
+    Raises:
+        InputError: it is not.
+    """
+    if fits(value, hint):
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    choices = [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else []
+    meant = f"one of {', '.join(choices)}" if choices else words.get(hint, str(hint))
+    raise InputError(f"{name} must be {meant}, not {value!r}{nearest(str(value), choices)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a declared type; True where the declaration says more than can be checked here."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in inside)
+    if origin is typing.Literal:
+        return value in inside
+    if origin is tuple and isinstance(value, tuple):
+        kinds = [inside[0]] * len(value) if inside[-1] is ... else inside
+        return len(value) == len(kinds) and all(map(fits, value, kinds))
+    if hint is float or hint is int:
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    kind = origin or hint
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def plain(value: Any) -> Any:
@@ -153,14 +199,16 @@ def plain(value: Any) -> Any:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, type(int | str)) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
         if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, dict):
             inner = typing.get_type_hints(option)
             for name in value:
                 if name not in inner:
                     raise InputError(f'{option.__name__} has no field "{name}"{nearest(name, inner)}')
-            return option(**{name: _typed(item, inner[name]) for name, item in value.items()})
+            return option(
+                **{name: checked(name, _typed(item, inner[name]), inner[name]) for name, item in value.items()}
+            )
         if typing.get_origin(option) is tuple and isinstance(value, list):
             inside = typing.get_args(option)
             inside = inside * len(value) if len(inside) != len(value) else inside

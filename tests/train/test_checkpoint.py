@@ -52,7 +52,7 @@ def test_shared_memory_is_written_twice(tmp_path):
 
 def test_objects_are_refused_not_pickled(tmp_path):
     path = tmp_path / "c.safetensors"
-    with pytest.raises(TypeError, match="here.there is a object"):
+    with pytest.raises(TypeError, match=r"here\.there is a object"):
         save_state({"here": {"there": object()}}, path)
     assert list(tmp_path.iterdir()) == []
 

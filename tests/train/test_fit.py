@@ -6,7 +6,10 @@ import logging
 import math
 import os
 import signal
+from copy import deepcopy
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +23,9 @@ from counterpoint.errors import InputError
 from counterpoint.methods.vision.dcl import DCL
 from counterpoint.methods.vision.moco import MoCo
 from counterpoint.methods.vision.simclr import SimCLR
-from counterpoint.train import Method, Run, fit, loop
+from counterpoint.train import Method, Run, callbacks, fit, loop
 from counterpoint.train.batches import Batches
-from counterpoint.train.callbacks import Checkpointer, Recorder, geometry, keep_until
+from counterpoint.train.callbacks import Recorder, geometry, keep_until
 from counterpoint.train.checkpoint import load_state
 from counterpoint.train.method import Diverged, construct, plain
 from counterpoint.train.run import next_folder
@@ -100,7 +103,7 @@ def test_same_seed_same_weights_other_seed_other_weights(images, tmp_path):
 
 def test_an_epoch_sees_every_item_once_in_an_order_of_seed_and_epoch(images):
     def epochs(seed):
-        batches = Batches.of(Images(images), None, 8, seed=seed)
+        batches = Batches(Images(images), 8, seed=seed)
         return [[index for batch in batches for index in batch["index"].tolist()] for _ in range(3)]
 
     first, second, third = epochs(0)
@@ -111,7 +114,7 @@ def test_an_epoch_sees_every_item_once_in_an_order_of_seed_and_epoch(images):
 
 
 def test_unshuffled_batches_keep_the_order_and_the_partial_last_one(images):
-    batches = Batches.of(Images(images, torch.arange(42)), None, 8, shuffle=False)
+    batches = Batches(Images(images, torch.arange(42)), 8, shuffle=False)
     found = list(batches)
     assert len(batches) == len(found) == 6 and len(found[-1]["image"]) == 2
     assert torch.equal(torch.cat([batch["image"] for batch in found]), images)
@@ -119,8 +122,8 @@ def test_unshuffled_batches_keep_the_order_and_the_partial_last_one(images):
 
 
 def test_ranks_share_a_batch_without_overlap(images):
-    parts = [Batches.of(Images(images), None, 9, seed=1).to(torch.device("cpu"), rank, 2) for rank in range(2)]
-    whole = next(iter(Batches.of(Images(images), None, 9, seed=1)))["index"]
+    parts = [Batches(Images(images), 9, seed=1).to(torch.device("cpu"), rank, 2) for rank in range(2)]
+    whole = next(iter(Batches(Images(images), 9, seed=1)))["index"]
     found = [next(iter(part))["index"] for part in parts]
     assert [len(index) for index in found] == [5, 4]
     assert torch.equal(torch.cat(found), whole)
@@ -128,7 +131,7 @@ def test_ranks_share_a_batch_without_overlap(images):
 
 def test_images_get_the_channels_of_the_method(images):
     method = simclr(channels=1)
-    batch = next(iter(Batches.of(Images(images), method, 4)))
+    batch = next(iter(Batches(Images(images).channels(method.channels), 4)))
     assert batch["image"].shape == (4, 1, 16, 16)
     assert method.encode(images[:5].numpy()).shape == (5, 32)
 
@@ -170,7 +173,7 @@ def test_accumulation_is_the_gradient_of_the_average_and_says_that_it_adds_no_ne
     assert "accumulate=2" in caplog.text and "adds no negatives" in caplog.text
     after = weights(method)
     method.load_state_dict(before)
-    batches = list(Batches.of(Images(images[:32]), method, 8, seed=0))
+    batches = list(Batches(Images(images[:32]), 8, seed=0))
     losses = []
     for first, second in zip(batches[::2], batches[1::2], strict=True):
         pair = [method.loss(first), method.loss(second)]
@@ -239,10 +242,11 @@ def test_records_say_what_a_step_used(images, tmp_path):
     assert [record["step"] for record in found] == [1, 3, 5, 6, 8, 10]
     assert [record["epoch"] for record in found] == [0.2, 0.6, 1.0, 1.2, 1.6, 2.0]
     expected = [
-        0.1 * (step / 5 if step <= 5 else 0.5 * (1 + math.cos(math.pi * (step - 6) / 5))) for step in (1, 3, 5, 6, 8, 10)
+        0.1 * (step / 5 if step <= 5 else 0.5 * (1 + math.cos(math.pi * (step - 6) / 5)))
+        for step in (1, 3, 5, 6, 8, 10)
     ]
     assert [record["lr"] for record in found] == pytest.approx(expected)
-    assert all(earlier["time"] <= later["time"] for earlier, later in zip(found, found[1:], strict=False))
+    assert all(earlier["time"] <= later["time"] for earlier, later in pairwise(found))
     looked = [record for record in found if "positive" in record]
     assert [record["step"] for record in looked] == [1, 5, 6, 10]
     for record in looked:
@@ -302,7 +306,7 @@ def test_the_folder_rebuilds_the_method_and_its_weights(images, tmp_path):
     untrained = run.untrained()
     assert same(weights(untrained), weights(simclr(0)))
     assert not same(weights(untrained), weights(again))
-    assert json.loads((run.folder / "environment.json").read_text())["torch"] == torch.__version__
+    assert json.loads((run.folder / "environment.json").read_text())["torch"] == version("torch")
     assert (run.encode(images) == again.encode(images)).all()
 
 
@@ -401,16 +405,10 @@ def test_checkpoints_come_at_epoch_ends_when_enough_time_went_by(images, tmp_pat
     saved.clear()
     train(simclr(), images, tmp_path / "b", epochs=3, checkpoint_seconds=1000)
     assert saved == [15]
-    monkeypatch.setattr(Checkpointer, "__init__", lambda self, run, guard, seconds: _impatient(self, run, guard))
     saved.clear()
-    train(simclr(), images, tmp_path / "c", epochs=1)
-    assert saved == [1, 2, 3, 4, 5]  # a long epoch is not lost: every 20th wait, inside it
-
-
-def _impatient(self, run, guard):
-    self.path, self.guard, self.seconds = run / "checkpoints" / "last.safetensors", guard, 30.0
-    self.stopped, self.before = False, None
-    type(self).saved = property(lambda self: -1e9, lambda self, value: None)
+    monkeypatch.setattr(callbacks.time, "perf_counter", count(step=601.0).__next__)
+    train(simclr(), images, tmp_path / "c", checkpoint_seconds=30)
+    assert saved == [1, 2, 3, 4, 5]  # an epoch that takes hours is saved inside, after 20 such waits
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -442,6 +440,34 @@ def test_impossible_numbers_are_refused_before_a_folder_exists(images, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_never_made_a_step_leaves_the_name_free(images, tmp_path):
+    with pytest.raises(InputError, match="temperature must be positive"):
+        train(simclr(temperature=0.0), images, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(simclr(), images, tmp_path / "run")
+
+
+def test_a_full_disk_at_the_start_says_where(images, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*config\.yaml"):
+        train(simclr(), images, tmp_path / "run")
+
+
+def test_a_method_can_be_copied(images):
+    method = Bad(3, how="gradient")
+    copy = deepcopy(method)
+    assert copy.arguments == {"at": 3, "how": "gradient", "value": method.value} and same(
+        weights(method), weights(copy)
+    )
+    with pytest.raises(TypeError, match="at"):
+        Bad()
+    with pytest.raises(TypeError, match="att"):
+        Bad(att=3)
+
+
 def test_one_image_is_refused(images, tmp_path):
     with pytest.raises(InputError, match="the data has 1"):
         train(simclr(), images[:1], tmp_path / "run")
@@ -466,7 +492,9 @@ def test_wandb_says_what_to_install(images, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_precisions_train(images, tmp_path, precision):
-    run = train(DCL(encoder="convnet-4", image_size=16, projection=(16, 8)), images, tmp_path / "r", precision=precision)
+    run = train(
+        DCL(encoder="convnet-4", image_size=16, projection=(16, 8)), images, tmp_path / "r", precision=precision
+    )
     assert all(value.dtype != torch.bfloat16 for value in load_state(run.checkpoint)["state_dict"].values())
 
 
@@ -480,7 +508,7 @@ def test_clip_bounds_the_step(images, tmp_path):
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_speed_of_a_record_is_that_of_its_own_steps(tmp_path):
+def test_the_clock_goes_on_after_a_resume(tmp_path):
     recorder = Recorder(tmp_path)
     assert recorder.state_dict() == {"elapsed": 0.0}
     recorder.load_state_dict({"elapsed": 12.5})
