@@ -206,7 +206,7 @@ def embed(argv: list[str]) -> int:
     parser = _parser("embed", "Embeddings of a data set under a run's encoder, as an .npz file.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("--data", required=True, help="known name, folder, .npz or .npy file")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", help="part of a data set that has several")
     parser.add_argument("--out", default="vectors.npz")
     options = parser.parse_args(argv)
     import numpy as np
@@ -215,12 +215,16 @@ def embed(argv: list[str]) -> int:
     from counterpoint.train import Run
 
     method = Run.open(options.run).model()
-    items = method.read(options.data, options.split)
-    arrays = {"vector": method.encode(items)}
-    if items.label is not None:
-        arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes)}
-    if items.paths:
-        arrays["path"] = np.array(items.paths)
+    part = {"split": options.split} if options.split else {}
+    if method.family == "images":
+        items = method.read(options.data, **part)
+        arrays = {"vector": method.encode(items)}
+        if items.label is not None:
+            arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes)}
+        if items.paths:
+            arrays["path"] = np.array(items.paths)
+    else:
+        arrays = {"vector": method.encode(options.data, **part)}
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     with writing(options.out) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
@@ -232,7 +236,7 @@ def embed(argv: list[str]) -> int:
 def export(argv: list[str]) -> int:
     parser = _parser("export", "Write a trained encoder for other programs, and check that it loads back.")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--to", required=True, help="safetensors or timm")
+    parser.add_argument("--to", required=True, help="safetensors, timm or sentence-transformers")
     parser.add_argument("--out", help="file or folder; default inside the run")
     options = parser.parse_args(argv)
     from counterpoint.export import export as write
@@ -302,7 +306,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (compare, "several methods at one budget: table and plot"),
     "reproduce": (reproduce, "a paper's central claim: paired runs, interval, verdict"),
     "embed": (embed, "embeddings of a data set as a file"),
-    "export": (export, "the trained encoder as safetensors or timm folder"),
+    "export": (export, "the trained encoder as safetensors, timm or sentence-transformers folder"),
     "report": (report, "one HTML file about a run"),
     "parity": (parity, "compare with numbers from the official code"),
     "demo": (demo, "three minutes of handwriting, from training to report"),
@@ -392,7 +396,7 @@ def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
         raise InputError(f"{name}: {' '.join(line.strip() for line in message)}") from error
     if values.data is not None and not _given("--image_size", argv) and "image_size" not in recipe.model:
         with suppress(KeyError):  # a method without views of images
-            values["image_size"] = _size_for(values.data, values["image_size"])
+            values["image_size"] = recipes.size_for(values.data, values["image_size"])
     if printing:
         print(f"method: {recipe.method}\n" + parser.dump(values, skip_none=False), end="")
         raise SystemExit(0)
@@ -472,22 +476,6 @@ def _with_data(name: str) -> list[str]:
     from counterpoint.recipes import entries
 
     return [key for key, entry in entries().items() if entry["method"] == name] or list(entries())[:3]
-
-
-def _size_for(data: str, most: int) -> int:
-    """Side of the views for data whose images are smaller than the method's default (larger ones stay at the default)."""
-    from counterpoint.data import Images, load
-
-    said = logging.getLogger("counterpoint.data")
-    level = said.level
-    said.setLevel(logging.ERROR)  # the training loads them again and says then what there is to say
-    try:
-        items = load(data, limit=8, resident=True)
-        return min(max(items.image.shape[-2:]), most) if isinstance(items, Images) else most
-    except InputError:
-        return most
-    finally:
-        said.setLevel(level)
 
 
 def _on_array(folder: str) -> bool:

@@ -10,7 +10,7 @@ from counterpoint.atomic import writing
 from counterpoint.errors import InputError
 from counterpoint.train.run import Run
 
-FORMATS = ("safetensors", "timm")
+FORMATS = ("safetensors", "timm", "sentence-transformers")
 
 
 def export(run: Run, to: str, out: str | Path | None = None) -> tuple[Path, float]:
@@ -19,7 +19,8 @@ def export(run: Run, to: str, out: str | Path | None = None) -> tuple[Path, floa
     Args:
         run: a trained run.
         to: "safetensors": one file that `load_encoder` (or any safetensors reader) opens; "timm": a folder that
-            ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens, for encoders that timm can rebuild unchanged.
+            ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens, for encoders that timm can rebuild unchanged;
+            "sentence-transformers": a folder that ``SentenceTransformer(FOLDER)`` opens.
         out: where to; default beside the checkpoints.
 
     Returns:
@@ -30,7 +31,17 @@ def export(run: Run, to: str, out: str | Path | None = None) -> tuple[Path, floa
     """
     if to not in FORMATS:
         raise InputError(f'cannot export to "{to}"; there are {", ".join(FORMATS)}')
-    encoder = run.model().encoder.eval()
+    method = run.model()
+    encoder = method.encoder.eval()
+    if to == "sentence-transformers" or method.family == "sentences":
+        if (to == "sentence-transformers") != (method.family == "sentences"):
+            raise InputError(f"this run embeds {method.family}: --to {to} does not fit")
+        from counterpoint.export_text import save_sentence_transformer
+
+        folder = Path(out) if out is not None else run.folder / "sentence-transformers"
+        return folder, save_sentence_transformer(encoder, folder)
+    if method.family != "images":
+        raise InputError(f"the encoder of {method.family} cannot be exported yet; embed writes its vectors")
     path = Path(out) if out is not None else run.folder / ("encoder.safetensors" if to == "safetensors" else "timm")
     path.parent.mkdir(parents=True, exist_ok=True)
     images = torch.rand(4, encoder.channels, encoder.image_size, encoder.image_size)

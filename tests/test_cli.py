@@ -136,7 +136,7 @@ def test_recipes_bring_their_settings_and_take_changes(monkeypatch):
     monkeypatch.setitem(recipes.entries(), "mine", recipe | {"about": "x", "views": "handwriting", "temperature": 0.5})
     assert cli.main(["train", "mine", "--projection", "[16, 8]", "--views.rotate", "20", "--progress", "false"]) == 0
     config = Run.open("runs/mine-1").config
-    assert (config["method"], config["data"], config["fit"]["epochs"]) == ("dcl", "d.npz", 1)
+    assert (config["method"], config["data"], config["fit"]["epochs"]) == ("dcl", str(Path("d.npz").resolve()), 1)
     assert config["model"]["temperature"] == 0.5 and config["model"]["image_size"] == 12
     views = config["model"]["views"]
     assert views["rotate"] == 20 and views["crop"] is None and views["elastic"] == HANDWRITING.elastic
@@ -295,7 +295,8 @@ def test_an_unlabelled_folder_is_measured_by_its_geometry(capsys):
     assert [result["subject"] for result in results] == ["trained", "untrained", "raw pixels"]
     assert {result["metric"] for result in results} == {"effective rank"}
     before = Path("run/evaluation.json").read_text()
-    assert "knn-200-0.1 does not fit photos" in refused(capsys, "evaluate", "run", "--protocol", "knn-200-0.1")
+    said = refused(capsys, "evaluate", "run", "--protocol", "knn-200-0.1")
+    assert f"knn-200-0.1 does not fit {Path('photos').resolve()}" in said
     assert Path("run/evaluation.json").read_text() == before
 
 

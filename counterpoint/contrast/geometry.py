@@ -58,7 +58,9 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
     square = everyone.rows.square().sum(1)
     mine = slice(everyone.start, everyone.start + len(x))
     if normalize and bool((square > 0.5).all()):  # a row of zeros (dead encoder) lies off the sphere
-        rows = log_sum_exp(x, everyone.rows if everyone.ranks > 1 else None, temperature=1 / (2 * t), without=own) - 2 * t
+        rows = (
+            log_sum_exp(x, everyone.rows if everyone.ranks > 1 else None, temperature=1 / (2 * t), without=own) - 2 * t
+        )
     else:
         rows = log_sum_exp(x, everyone.rows, temperature=1 / (2 * t), without=own, log_weight=-t * square)
         rows = rows - t * square[mine]

@@ -1,6 +1,18 @@
-"""Encoders: how a thing becomes a vector (`encoders.image(name)`); heads: how that becomes what is contrasted."""
+"""Encoders: how a thing becomes a vector. `image`, `text` and `sequence` build them; `heads` make what is contrasted."""
 
 from counterpoint.encoders import heads
 from counterpoint.encoders.image import ConvNet, Features, ImageEncoder, TimmEncoder, image
+from counterpoint.encoders.sequence import SASRecEncoder
+from counterpoint.encoders.text import TextEncoder, text
 
-__all__ = ["ConvNet", "Features", "ImageEncoder", "TimmEncoder", "heads", "image"]
+__all__ = [
+    "ConvNet",
+    "Features",
+    "ImageEncoder",
+    "SASRecEncoder",
+    "TextEncoder",
+    "TimmEncoder",
+    "heads",
+    "image",
+    "text",
+]

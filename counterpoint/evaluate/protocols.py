@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,8 @@ def linear_probe(
 
     Multinomial logistic regression with an L2 penalty (lbfgs) on features standardised by training statistics. The
     inverse strength C in 10^-3 ... 10^2 is the best one on 20 % of the training items (stratified; the strongest
-    penalty among equals); the classifier is then fitted to all of them and the test set is looked at once.
+    penalty among equals; tried upwards until two in a row are worse than the best); the classifier
+    is then fitted to all of them and the test set is looked at once.
 
     Args:
         train_x, test_x: features [N, D] and [M, D]
@@ -126,14 +127,15 @@ def linear_probe(
     fitted, held_out = stratified(train_label, 0.2, seed)
     if len(held_out) == 0:
         raise InputError("a linear probe needs a class with two training items to tune on, but every class has one")
-    x, y = train.cpu().double().numpy(), train_label.numpy()
+    x, y = train.cpu().numpy(), train_label.numpy()
     a, b = fitted.numpy(), held_out.numpy()
-    validation = {}
-    for strength in STRENGTHS:
-        predicted, _ = _logistic(x[a], y[a], x[b], strength)
+    validation: dict[float, float] = {}
+    for strength, (predicted, _) in zip(STRENGTHS, _logistic(x[a], y[a], x[b], STRENGTHS), strict=False):
         validation[strength] = 100 * float((predicted == y[b]).mean())
+        if len(validation) > 2 and max([*validation.values()][-2:]) < max(validation.values()):
+            break  # weaker penalties only overfit further, and cost the most
     best = max(validation, key=lambda strength: (validation[strength], -strength))
-    predicted, converged = _logistic(x, y, test.cpu().double().numpy(), best)
+    ((predicted, converged),) = _logistic(x, y, test.cpu().numpy(), [best])
     detail = {
         "C": best,
         "validation_accuracy": validation[best],
@@ -145,20 +147,24 @@ def linear_probe(
     return _accuracy("linear-offline", predicted == test_label.numpy(), subject, detail)
 
 
-def _logistic(x: np.ndarray, y: np.ndarray, new: np.ndarray, strength: float) -> tuple[np.ndarray, bool]:
-    """Predicted labels of `new`, and whether the fit converged."""
+def _logistic(
+    x: np.ndarray, y: np.ndarray, new: np.ndarray, strengths: Sequence[float]
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Predicted labels of `new`, and whether the fit converged, for each strength; each starts from the one before."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, deviation = x.mean(0), x.std(0)
+    mean, deviation = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
     # a feature that never changes (up to rounding) says nothing; dividing by its deviation would blow up the noise
     deviation[deviation <= 1e-7 * np.abs(mean)] = 1
-    model = LogisticRegression(C=strength, max_iter=1000)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit((x - mean) / deviation, y)
-    converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-    return model.predict((new - mean) / deviation), converged
+    x, new = (((part - mean) / deviation).astype(np.float32) for part in (x, new))
+    model = LogisticRegression(max_iter=500, warm_start=True)
+    for strength in strengths:
+        model.C = strength
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(x, y)
+        yield model.predict(new), not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
 def one_shot(encode: Callable[[Tensor], Array], runs: Runs, *, subject: str = "") -> Result:

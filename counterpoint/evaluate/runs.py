@@ -1,5 +1,6 @@
 """Which protocols fit a run's data, each on the trained encoder, the untrained one and raw pixels."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from counterpoint.atomic import writing
 from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
+from counterpoint.evaluate import ranking, texts
 from counterpoint.evaluate.protocols import Result, geometry, knn, linear_probe, one_shot, raw_pixels
 from counterpoint.train.method import Method
 from counterpoint.train.run import Run
@@ -23,9 +25,12 @@ Encode = Callable[[Tensor], Tensor | np.ndarray]
 GALLERY = 1000
 
 
-def evaluate(run: Run, data: Any = None, *, protocols: list[str] | None = None) -> list[Result]:
-    """Measure a run by every protocol that fits its data, write ``evaluation.json`` and the gallery for the report.
+def evaluate(
+    run: Run, data: Any = None, *, protocols: list[str] | None = None, trained_only: bool = False
+) -> list[Result]:
+    """Measure a run by every protocol that fits its data, write ``evaluation.json`` and, of images, the report's gallery.
 
+    Sentences are measured on the STS sets, user histories by the rank of the held-out item, images by their labels.
     Labels, where there are any, serve the protocols only: training has not seen them. The classifiers of kNN and
     linear probe are fitted on the training items and scored on held-out ones: the data set's own test part, else a
     stratified fifth of the images (whose pixels, not labels, the training did see; the result says so).
@@ -34,32 +39,71 @@ def evaluate(run: Run, data: Any = None, *, protocols: list[str] | None = None) 
         run: a finished (or interrupted) run.
         data: evaluate on other data than the run was trained on.
         protocols: only these.
+        trained_only: leave out the untrained encoder and what learned nothing (they were measured elsewhere).
 
     Returns:
-        One result for each protocol and subject ("trained", "untrained", "raw pixels").
+        One result for each protocol and subject: "trained", "untrained", and what learned nothing ("raw pixels").
 
     Raises:
         InputError: data that fits no protocol, or a name that is no protocol.
     """
-    known = ("one-shot-20way", "knn-200-0.1", "linear-offline", "geometry")
-    for name in protocols or ():
-        if name not in known:
-            raise InputError(f'no protocol named "{name}"; there are {", ".join(known)}')
     config = run.config
     source = config["data"] if data is None else data
     if source is None:
         raise InputError("this run was trained on an array: pass the data to evaluate it on")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, untrained = run.model().to(device), run.untrained().to(device)
-    subjects = [("trained", encoder_of(trained)), ("untrained", encoder_of(untrained)), ("raw pixels", pixels)]
+    match trained.family:
+        case "sentences":
+            subjects: list[tuple[str, Any]] = [
+                ("trained", trained.encode),
+                ("untrained", untrained.encode),
+                ("bag of words", texts.bag_of_words),
+            ]
+            found = list(texts.measure(subjects[: 1 if trained_only else None], protocols))
+        case "histories":
+            limit = config["fit"]["limit"] if data is None else None
+            options = {"splits": ("test", "valid"), "limit": limit, "seed": config["fit"]["seed"]}
+            found = ranking.measure(trained, source, untrained=untrained, **options)
+            found = [
+                result
+                for result in found
+                if wanted(result.protocol, protocols) and (result.subject == "trained" or not trained_only)
+            ]
+        case _:
+            pictures = [("trained", encoder_of(trained)), ("untrained", encoder_of(untrained)), ("raw pixels", pixels)]
+            pictures = pictures[: 1 if trained_only else None]
+            found = _images(run, trained, pictures, source, data is not None, protocols)
+    if not found:
+        names = ", ".join(protocols or ("no protocol",))
+        raise InputError(f"{names} does not fit {source}: it needs other data or labels")
+    if source != config["data"]:
+        for result in found:
+            result.detail["data"] = str(source)
+    _merge(run, found)
+    return found
+
+
+def _images(
+    run: Run,
+    trained: Method,
+    subjects: list[tuple[str, Encode]],
+    source: Any,
+    other: bool,
+    protocols: list[str] | None,
+) -> list[Result]:
+    known = ("one-shot-20way", "knn-200-0.1", "linear-offline", "geometry")
+    for name in protocols or ():
+        if name not in known:
+            raise InputError(f'no protocol named "{name}"; there are {", ".join(known)}')
     if source == "omniglot":
         found = list(_one_shot(subjects)) if wanted("one-shot-20way", protocols) else []
         shown, origin = _some_characters(), "drawings that training saw, without their labels"
     else:
-        limit = config["fit"]["limit"] if data is None else None
-        train, test, note = _parts(source, trained, limit, config["fit"]["seed"])
+        fit = run.config["fit"]
+        train, test, note = _parts(source, trained, None if other else fit["limit"], fit["seed"])
         if note:
-            note += _seen(data, config["data"])
+            note += _seen(source if other else None, run.config["data"])
         classes = 0 if train.label is None else len(train.label.unique())
         if classes == 1 and protocols is None:
             log.warning("all labels of %s are the same, so there is nothing to classify", train.name)
@@ -70,11 +114,22 @@ def evaluate(run: Run, data: Any = None, *, protocols: list[str] | None = None) 
             found += list(_geometry(subjects, test, train.label is None))
         origin = note or "test items that training never saw"
         shown = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:GALLERY])
-    if not found:
-        raise InputError(f"{', '.join(protocols or known)} does not fit {source}: it needs other data or labels")
-    run.write("evaluation.json", [result.to_dict() for result in found])
-    _save_gallery(run, shown, trained, origin)
+    if found:
+        _save_gallery(run, shown, trained, origin)
     return found
+
+
+def _merge(run: Run, found: list[Result]) -> None:
+    """Keep earlier results of other protocols and other data beside the new ones."""
+    path = run.folder / "evaluation.json"
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else []
+    except ValueError:
+        before = []
+    new = [result.to_dict() for result in found]
+    same = {(item["protocol"], item["subject"], item["detail"].get("data")) for item in new}
+    kept = [item for item in before if (item["protocol"], item["subject"], item["detail"].get("data")) not in same]
+    run.write("evaluation.json", new + kept)
 
 
 def encoder_of(method: Method, batch_size: int = 512) -> Encode:

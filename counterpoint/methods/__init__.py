@@ -39,6 +39,9 @@ BASELINES: tuple[Entry, ...] = (
     Entry(None, "moco", "MoCo v2", "vision", "counterpoint.methods.vision.moco:MoCo"),
     Entry(None, "byol", "BYOL", "vision", "counterpoint.methods.vision.byol:BYOL"),
     Entry(None, "simsiam", "SimSiam", "vision", "counterpoint.methods.vision.simsiam:SimSiam"),
+    Entry(None, "simcse", "SimCSE", "language", "counterpoint.methods.language.simcse:SimCSE"),
+    Entry(None, "sasrec", "SASRec", "recommendation", "counterpoint.methods.recommendation.sasrec:SASRec"),
+    Entry(None, "cl4srec", "CL4SRec", "recommendation", "counterpoint.methods.recommendation.cl4srec:CL4SRec"),
 )
 """Published methods that the papers of the catalogue extend."""
 
@@ -51,7 +54,13 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(6, "sepclr", "SepCLR: common and salient patterns apart", "vision"),
     Entry(7, "primer", "Primer on contrastive pretraining for language", "language"),
     Entry(8, "feature-transformation", "Feature transformation of positives and negatives", "vision"),
-    Entry(9, "mclrec", "MCLRec: meta-optimised contrast for sequences", "recommendation"),
+    Entry(
+        9,
+        "mclrec",
+        "MCLRec: meta-optimised contrast for sequences",
+        "recommendation",
+        "counterpoint.methods.recommendation.mclrec:MCLRec",
+    ),
     Entry(10, "mcl", "MCL: multistage contrast against feature suppression", "vision"),
     Entry(11, "debcse", "DebCSE: debiased sentence embeddings", "language"),
     Entry(12, "clip-lit", "CLIP-LIT: iterative prompts for backlit images", "restoration"),
@@ -91,7 +100,13 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(46, "coca", "CoCa: contrastive captioners", "image_text"),
     Entry(47, "laclip", "LaCLIP: language rewrites", "image_text"),
     Entry(48, "dito", "DITO: detection-oriented image-text pretraining", "detection"),
-    Entry(49, "esimcse", "ESimCSE: enhanced sample building for sentences", "language"),
+    Entry(
+        49,
+        "esimcse",
+        "ESimCSE: enhanced sample building for sentences",
+        "language",
+        "counterpoint.methods.language.esimcse:ESimCSE",
+    ),
 )
 """The 49 papers, in the order of their numbers."""
 

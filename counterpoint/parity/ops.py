@@ -10,6 +10,7 @@ from torch import Tensor
 from counterpoint import contrast
 from counterpoint.errors import InputError
 from counterpoint.memory import Queue
+from counterpoint.views import text
 
 Inputs = dict[str, Any]
 Outputs = dict[str, Tensor]
@@ -123,6 +124,27 @@ def esimcse_queue_infonce(x: Inputs, p: dict[str, Any]) -> Outputs:
     return {"loss": contrast.info_nce(x["z1"], x["z2"], temperature=p["temperature"], negatives=queue)}
 
 
+@op("esimcse.queue_update")
+def esimcse_queue_update(x: Inputs, p: dict[str, Any]) -> Outputs:
+    queue = Queue(x["keys"].shape[1], p["neg_size"], start="empty", whole_first=True).to(x["keys"])
+    lengths = []
+    for keys in x["keys"].split(x["batch_sizes"].tolist()):
+        queue.enqueue(keys)
+        lengths.append(len(queue))
+    return {"queue": queue.oldest_first, "lengths": torch.tensor(lengths)}
+
+
+@op("esimcse.repeat_tokens")
+def esimcse_repeat_tokens(x: Inputs, p: dict[str, Any]) -> Outputs:
+    ids = x["ids"][None]
+    positions = torch.zeros_like(ids, dtype=torch.bool)
+    positions[0, x["dup_positions"].long()] = True
+    options = {"rate": p["dup_rate"], "most": p["max_dup"]}
+    repeated, mask = text.repeat_tokens(ids, torch.ones_like(ids), positions=positions, **options)
+    bound = text.repeat_bound(torch.tensor([ids.shape[1]]), **options)
+    return {"new_ids": repeated[mask.bool()], "num_dup_upper_exclusive": bound[0]}
+
+
 @op("fac.proposal_contrast")
 def fac_proposal_contrast(x: Inputs, p: dict[str, Any]) -> Outputs:
     # rows 2i and 2i + 1 are the two views of proposal i
@@ -138,3 +160,31 @@ def fac_queue_nce(x: Inputs, p: dict[str, Any]) -> Outputs:
     loss = contrast.info_nce(x["q"], x["k"], temperature=p["tau"], negatives=queue.keys, in_batch=False)
     queue.enqueue(contrast.unit(x["k"]))
     return {"loss": loss, "new_queue": queue.keys.T, "new_ptr": queue.pointer[None]}
+
+
+@op("mclrec.contrastive_regularizer")
+def mclrec_contrastive_regularizer(x: Inputs, p: dict[str, Any]) -> Outputs:
+    from counterpoint.contrast.margin import contrastive_regularizer
+
+    return {"loss": contrastive_regularizer(x["z1"], x["z2"], temperature=p["tau"], normalize=False)}
+
+
+@op("mclrec.meta_contrast")
+def mclrec_meta_contrast(x: Inputs, p: dict[str, Any]) -> Outputs:
+    from counterpoint.methods.recommendation.mclrec import meta_contrast
+
+    weight = 0.1 if p["use_regularizer"] else 0.0
+    terms = meta_contrast(x["h1"], x["h2"], x["z1"], x["z2"], regularizer=weight, temperature=p["tau_reg"])
+    return {"loss": torch.stack(list(terms.values())).sum()}
+
+
+@op("mclrec.augmenter")
+def mclrec_augmenter(x: Inputs, p: dict[str, Any]) -> Outputs:
+    from counterpoint.methods.recommendation.mclrec import Augmenter
+
+    augment = Augmenter(p["layers"]).to(x["h"].dtype)
+    count = len(p["layers"]) - 1
+    given = [x[f"{kind}{layer}"] for layer in range(1, count + 1) for kind in ("W", "b")]
+    weights = dict(zip(dict(augment.named_parameters()), given, strict=True))
+    z = torch.func.functional_call(augment, weights, (x["h"],))
+    return {"z": z, "probe": (z * x["w"]).sum()}

@@ -93,6 +93,24 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
     return {key: as_data(_named_views(key, value)) for key, value in options.items()}
 
 
+def size_for(data: str, most: int) -> int:
+    """Side of the views for data whose images are smaller than the method's default (larger ones stay at the default)."""
+    import logging
+
+    from counterpoint.data import Images, load
+
+    said = logging.getLogger("counterpoint.data")
+    level = said.level
+    said.setLevel(logging.ERROR)  # the training loads them again and says then what there is to say
+    try:
+        items = load(data, limit=8, resident=True)
+        return min(max(items.image.shape[-2:]), most) if isinstance(items, Images) else most
+    except InputError:
+        return most
+    finally:
+        said.setLevel(level)
+
+
 def _sort(name: str, cls: type, recipe: dict[str, Any], data: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     model, fit = model_options(cls), fit_options()
     for key in recipe:

@@ -31,7 +31,8 @@ def write(run_folder: str | Path, bundle: str | Path | None = None) -> Path:
         run_folder: holds `metrics.jsonl` and, if they were written, `config.yaml`, `environment.json`,
             `evaluation.json` and `gallery.npz`. A part of the page whose file is missing is left out.
         bundle: an npz to show instead of the folder's `gallery.npz`: `image` uint8 [N, C, H, W], `vector` float [N, D],
-            optionally `label` int [N], `classes` (names), `labels_used_in_training` (bool), `origin` (what they are, did training see them).
+            optionally `label` int [N], `classes` (names), `labels_used_in_training` (bool),
+            `origin` (what they are, did training see them).
 
     Returns:
         The page's path. It is written under a temporary name and renamed, so an earlier page stays whole if this fails.
@@ -205,7 +206,9 @@ def embedding_map(items: gallery.Items, said: dict[str, Any]) -> str:
     lost = f" {items.dropped:,} without a finite vector are left out." if items.dropped else ""
     colour = f" Colour: {escape(said['kind'])}." if said["groups"] > 1 else ""
     origin = f" They are {escape(items.origin)}." if items.origin else ""
-    return fill(_file("map.html"), shown=shown, how=escape(said["how"]), more=origin + colour + lost, count=f"{count:,}")
+    return fill(
+        _file("map.html"), shown=shown, how=escape(said["how"]), more=origin + colour + lost, count=f"{count:,}"
+    )
 
 
 def neighbours(items: gallery.Items, said: dict[str, Any]) -> str:

@@ -13,7 +13,14 @@ from counterpoint.recipes import Experiment, plain
 from counterpoint.train import Run, fit, resume
 
 
-def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[str] | None = None) -> dict[str, Any]:
+def run_arm(
+    experiment: Experiment,
+    seed: int,
+    folder: Path,
+    *,
+    protocols: list[str] | None = None,
+    trained_only: bool = False,
+) -> dict[str, Any]:
     """Train and evaluate one arm in ``folder``; goes on with a run that was stopped, reads one that is complete.
 
     Returns:
@@ -34,7 +41,7 @@ def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[
             )
         if not set(protocols or ()) <= arm["results"].keys():
             run = Run.open(folder)
-            arm["results"] |= _measured(run, protocols)
+            arm["results"] |= _measured(run, protocols, trained_only)
             run.write("arm.json", arm)
         return arm
     start = time.perf_counter()
@@ -55,7 +62,7 @@ def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[
     arm = {
         "config": config,
         "seed": seed,
-        "results": _measured(run, protocols),
+        "results": _measured(run, protocols, trained_only),
         "minutes": round(minutes, 3),
         "memory_mb": round(memory),
         "coupling": mean_of(run, "coupling"),
@@ -64,11 +71,11 @@ def run_arm(experiment: Experiment, seed: int, folder: Path, *, protocols: list[
     return arm
 
 
-def _measured(run: Run, protocols: list[str] | None) -> dict[str, dict[str, float]]:
+def _measured(run: Run, protocols: list[str] | None, trained_only: bool) -> dict[str, dict[str, float]]:
     from counterpoint.evaluate.runs import evaluate
 
     results: dict[str, dict[str, float]] = {}
-    for result in evaluate(run, protocols=protocols):
+    for result in evaluate(run, protocols=protocols, trained_only=trained_only):
         results.setdefault(result.protocol, {})[result.subject] = result.value
     return results
 

@@ -1,11 +1,12 @@
 """Any methods side by side: same data, encoder, budget and seeds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from counterpoint import methods
 from counterpoint.errors import InputError
-from counterpoint.recipes import Experiment, experiment
+from counterpoint.recipes import Experiment, experiment, fit_options, model_options, size_for
 from counterpoint.studies.arms import interval, run_arm
 
 SHARED = (
@@ -30,11 +31,11 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """One row a method (mean and standard deviation per protocol, minutes, memory); baselines first."""
         rows: list[dict[str, Any]] = []
-        for subject in ("raw pixels", "untrained"):
+        first = next(iter(self.arms.values()))
+        for subject in reversed([name for name in first[0]["results"][self.protocols[0]] if name != "trained"]):
             row: dict[str, Any] = {"name": subject}
             for protocol in self.protocols:
-                values = [arm["results"][protocol][subject] for arm in next(iter(self.arms.values()))]
-                row[protocol] = _spread(values)
+                row[protocol] = _spread([arm["results"][protocol][subject] for arm in first])
             rows.append(row)
         for name in self.names:
             arms = self.arms[name]
@@ -106,20 +107,26 @@ def compare(
     for given in (names, seeds):
         if len({*given}) < len(given):
             raise InputError(f"compare takes each method and seed once, not {' '.join(map(str, given))}")
-    experiments = {name: experiment(name, **(changes or {})) for name in names}
+    experiments = {name: _sized(experiment(name, **(changes or {}))) for name in names}
     shared = _shared(experiments)
     arms: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
         for name, arm in experiments.items():
-            arms[name].append(run_arm(arm, seed, Path(out) / f"{name}-seed{seed}"))
+            place = Path(out) / f"{name}-seed{seed}"
+            arms[name].append(run_arm(arm, seed, place, trained_only=name != names[0]))
     return Comparison(names, seeds, arms, shared)
+
+
+def _sized(item: Experiment) -> Experiment:
+    """As in `counterpoint train`: small images are seen at their own size unless someone chose another."""
+    size = model_options(methods.get(item.method)).get("image_size")
+    if size is None or item.data is None or "image_size" in item.model:
+        return item
+    return replace(item, model={**item.model, "image_size": size_for(item.data, size)})
 
 
 def _shared(experiments: dict[str, Experiment]) -> dict[str, Any]:
     """Everything that a fair comparison holds fixed."""
-    from counterpoint import methods
-    from counterpoint.recipes import fit_options, model_options
-
     settings = {}
     for name, item in experiments.items():
         defaults = {**fit_options(), **model_options(methods.get(item.method))}

@@ -15,7 +15,7 @@ from counterpoint.errors import InputError, nearest
 from counterpoint.recipes import Experiment, experiment
 from counterpoint.studies.arms import interval, run_arm
 
-CELL = re.compile(r"\b([a-z_]+)@([\w.]+)\b|\b(baseline|method)\b")
+CELL = re.compile(r"\b[a-z_]\w*(@[\w.]+)?")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -94,9 +94,12 @@ def reproduce(
     arms = study.arms(budget)
     folder = Path(out) / slug / budget
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    first = next(iter(arms))
     for seed in seeds:
         for name, arm in arms.items():
-            cells[name].append(run_arm(arm, seed, folder / f"{name}-seed{seed}", protocols=[study.metric]))
+            cells[name].append(
+                run_arm(arm, seed, folder / f"{name}-seed{seed}", protocols=[study.metric], trained_only=name != first)
+            )
     record = judge(study, budget, seeds, cells)
     if save and len(seeds) >= 3:
         suffix = "" if budget == "cpu" else f"-{budget}"

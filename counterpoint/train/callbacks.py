@@ -246,9 +246,8 @@ class Progress(lightning.Callback):
         if (now - self.mark < 0.5 or not self.bar) and (self.bar or tenth == self.said) and self.done != self.total:
             return
         speed = self.images / max(now - self.mark, 1e-9)
-        status = (
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {total(method):.3f}  {speed:,.0f} images/s"
-        )
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        status = f"{epoch}  loss {total(method):.3f}  {speed:,.0f} {method.family}/s"
         if self.bar:
             self.bar.update(self.task, completed=self.done, status=status)
         else:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from counterpoint.data import NAMES
 from counterpoint.errors import InputError, nearest
 from counterpoint.train.batches import Batches
 from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, StepSeed
@@ -131,6 +132,7 @@ def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | No
     different = []
     known = {"method": config["method"], "data": config["data"], **config["model"], **config["fit"]}
     for name, value in (changes or {}).items():
+        value = _name(value) if name == "data" else value
         before: Any = known
         for part in name.split("."):
             if not isinstance(before, dict) or part not in before:
@@ -261,7 +263,11 @@ def _options() -> list[str]:
 
 
 def _name(data: Any) -> str | None:
-    return str(data) if isinstance(data, str | Path) else None
+    """What the run remembers of its data: a known name, or a place that holds from every working directory."""
+    if not isinstance(data, str | Path):
+        return None
+    place = Path(data).expanduser()
+    return str(place.resolve()) if place.exists() and str(data) not in NAMES else str(data)
 
 
 def _logger(name: str, folder: Path) -> Any:

@@ -36,6 +36,9 @@ class Method(lightning.LightningModule):
     uses_labels = False
     """Whether the objective reads ``batch["label"]``."""
 
+    family = "images"
+    """What it embeds, which decides how it is measured: "images", "sentences" or "histories"."""
+
     encoder: Any
     arguments: dict[str, Any]
 
@@ -93,7 +96,12 @@ class Method(lightning.LightningModule):
         self.after_step()
 
     def configure_optimizers(self) -> Any:
-        return build_optimiser(self.parameter_groups(), self.optimisation, self.trainer.estimated_stepping_batches)
+        return build_optimiser(
+            self.parameter_groups(),
+            self.optimisation,
+            self.trainer.estimated_stepping_batches,
+            fused=self.trainer.precision != "16-mixed",
+        )
 
     def read(
         self, data: Any, split: str = "train", *, limit: int | None = None, seed: int = 0, resident: bool | None = None

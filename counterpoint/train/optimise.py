@@ -34,7 +34,9 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     ]
 
 
-def build_optimiser(groups: list[dict[str, Any]], choice: Optimisation, total_steps: float) -> dict[str, Any]:
+def build_optimiser(
+    groups: list[dict[str, Any]], choice: Optimisation, total_steps: float, *, fused: bool = True
+) -> dict[str, Any]:
     """Optimiser and per-step schedule in Lightning's form.
 
     Args:
@@ -42,21 +44,22 @@ def build_optimiser(groups: list[dict[str, Any]], choice: Optimisation, total_st
         choice: optimiser "sgd" (momentum), "lars" (You et al. 2017), "adam" or "adamw"; schedule "cosine" (to zero
             after a linear warm-up over the share `warmup` of all steps) or "constant".
         total_steps: optimiser steps of the whole training.
+        fused: take torch's fused kernels on a GPU; not with gradient scaling, which must see the gradients first.
 
     Raises:
         InputError: unknown optimiser or schedule.
     """
     groups = [group for group in groups if group["params"]]
     device = groups[0]["params"][0].device.type
-    fused: dict[str, Any] = {"fused": True} if device == "cuda" else {}
+    kernel: dict[str, Any] = {"fused": True} if fused and device == "cuda" else {}
     optimiser: torch.optim.Optimizer
     match choice.optimizer:
         case "sgd":
-            optimiser = torch.optim.SGD(groups, lr=choice.lr, momentum=choice.momentum, **fused)
+            optimiser = torch.optim.SGD(groups, lr=choice.lr, momentum=choice.momentum, **kernel)
         case "adam":
-            optimiser = torch.optim.Adam(groups, lr=choice.lr, **fused)
+            optimiser = torch.optim.Adam(groups, lr=choice.lr, **kernel)
         case "adamw":
-            optimiser = torch.optim.AdamW(groups, lr=choice.lr, **fused)
+            optimiser = torch.optim.AdamW(groups, lr=choice.lr, **kernel)
         case "lars":
             from timm.optim.lars import Lars
 

@@ -71,7 +71,7 @@ class Run:
         return method.eval()
 
     def untrained(self) -> Method:
-        """The same method with the weights it started from (the seed's)."""
+        """The same method with weights drawn from the run's seed: where a training from the command line started."""
         from counterpoint import methods
 
         config = self.config

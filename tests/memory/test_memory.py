@@ -144,6 +144,49 @@ def test_empty_start_gives_only_what_was_enqueued():
         assert len(q) == 5 and q.keys[:, 0].tolist() == [5, 6, 2, 3, 4]
 
 
+def test_the_first_keys_may_be_held_whole():
+    queue = Queue(2, 5, start="empty", whole_first=True)
+    queue.enqueue(rows(0, 7))
+    assert len(queue) == 7 and queue.keys[:, 0].tolist() == list(range(7))
+    copy = Queue(2, 5, start="empty", whole_first=True)
+    copy.load_state_dict(queue.state_dict())
+    for q in (queue, copy):
+        assert q.oldest_first[:, 0].tolist() == list(range(7))
+        q.enqueue(rows(7, 2))
+        assert len(q) == 5 and q.oldest_first[:, 0].tolist() == [4, 5, 6, 7, 8]
+        q.enqueue(rows(9, 4))
+        assert q.oldest_first[:, 0].tolist() == [8, 9, 10, 11, 12]
+        q.enqueue(rows(13, 9))  # only the first push is held whole
+        assert q.oldest_first[:, 0].tolist() == [17, 18, 19, 20, 21]
+    older = Queue(2, 5, start="empty", whole_first=True)
+    older.enqueue(rows(0, 9))
+    older.load_state_dict(queue.state_dict())
+    assert len(older) == 5 and torch.equal(older.oldest_first, queue.oldest_first)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 8])
+def test_oldest_first_is_the_order_of_arrival(batch):
+    queue, held = Queue(2, 5, start="empty"), []
+    for start in range(0, 40, batch):
+        queue.enqueue(rows(start, batch))
+        held = [*held, *range(start, start + batch)][-5:]
+        assert queue.oldest_first[:, 0].tolist() == held
+
+
+def test_clear_begins_again():
+    for whole in (True, False):
+        queue = Queue(2, 5, start="empty", whole_first=whole)
+        queue.enqueue(rows(0, 8))
+        queue.clear()
+        assert len(queue) == 0 and int(queue.filled) == int(queue.pointer) == 0
+        queue.enqueue(rows(20, 3))
+        assert queue.oldest_first[:, 0].tolist() == [20, 21, 22]
+    with pytest.raises(InputError, match="can be cleared"):
+        Queue(2, 5).clear()
+    with pytest.raises(InputError, match="whole_first"):
+        Queue(2, 5, whole_first=True)
+
+
 def test_queue_checkpoint_continues_where_it_stopped():
     queue, other = Queue(2, 5), Queue(2, 5)
     queue.enqueue(rows(0, 7))

@@ -42,7 +42,7 @@ class DCL(SimCLR):
     def __init__(
         self,
         encoder: str = "resnet18",
-        image_size: int = 32,
+        image_size: int = 64,
         channels: int = 3,
         projection: tuple[int, int] = (512, 128),
         temperature: float = 0.1,

@@ -1,0 +1,598 @@
+"""Sentences: `load` gets them from a name, a file, lists or a DataFrame; `tokenise` makes the items a method trains on."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from counterpoint.data import sources
+from counterpoint.data.images import chosen
+from counterpoint.errors import InputError, nearest
+
+log = logging.getLogger("counterpoint")
+
+# what a column of sentences may be called, by the part it plays
+ANCHOR = ("anchor", "sentence", "text", "sentence1", "sent0", "query", "question", "premise", "caption")
+POSITIVE = ("positive", "sentence2", "sent1", "answer", "response", "hypothesis", "paraphrase")
+NEGATIVE = re.compile(r"(hard_)?neg(ative)?(_?\d+)?$")
+SCORE = ("score", "similarity", "relatedness")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows of sentences, before they are tokens.
+
+    Args:
+        columns: the sentences by the part they play: "anchor", then "positive", "negative", "negative_2" ... where
+            the data has them; all of one length.
+        score: [N] how alike anchor and positive are, where people judged it. Such pairs are no positives: training
+            uses their sentences singly.
+        name: where they come from.
+    """
+
+    columns: Mapping[str, Sequence[str]]
+    score: np.ndarray | None = None
+    name: str = "sentences"
+
+    def __len__(self) -> int:
+        return len(self.columns["anchor"])
+
+    def subset(self, index: Iterable[int]) -> Texts:
+        """The rows at `index`, in that order."""
+        at = [int(i) for i in index]
+        columns = {part: [column[i] for i in at] for part, column in self.columns.items()}
+        return replace(self, columns=columns, score=None if self.score is None else self.score[at])
+
+    def sentences(self) -> list[str]:
+        """Every distinct sentence of every column, in order of appearance."""
+        return list(dict.fromkeys(sentence for column in self.columns.values() for sentence in column))
+
+    def single(self) -> Texts:
+        """The same sentences without their pairing, each once."""
+        return Texts({"anchor": self.sentences()}, name=self.name)
+
+
+def load(
+    data: Any,
+    split: str = "train",
+    *,
+    columns: Sequence[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    whole: bool = False,
+) -> Texts:
+    """Sentences from a known name, a file, lists of strings or a DataFrame.
+
+    Args:
+        data: a name in `NAMES`, its split after a colon if you like (``"stsb:dev"``); a text file with one sentence a
+            line; a .csv, .tsv, .jsonl or .parquet file (also .gz); a list of strings; a list of tuples (anchor,
+            positive, negative ...); a dictionary of columns; a DataFrame or Series.
+        split: which part of a known set; own data is all "train".
+        columns: names of a table's sentence columns in the order anchor, positive, negative ...; None finds them by
+            their names (``sentence`` or ``text``; ``sentence1`` and ``sentence2``; ``anchor``, ``positive``,
+            ``negative``, ``negative_2`` ...; a table of one column needs no name). A column ``score`` beside two
+            columns makes them scored pairs.
+        limit: at most so many rows, a seeded random subset.
+        seed: of that subset.
+        whole: keep every row, also empty and repeated ones, so that row i of the result is row i of the data (to embed
+            it). Otherwise rows with an empty sentence and repeated rows are left out, since a repeated sentence would
+            be its own negative, and the log says how many.
+
+    Raises:
+        InputError: nothing there, a line that is not UTF-8 (with its number), no column of sentences (with the
+            columns found), or nothing left.
+    """
+    if isinstance(data, Texts):
+        found = data
+    elif isinstance(data, str) and data.partition(":")[0] in NAMES:
+        name, _, part = data.partition(":")
+        found = NAMES[name](part or split)
+    else:
+        found = _own(data, columns)
+        if split != "train":
+            raise InputError(
+                f"{found.name} has no split {split!r}: own sentences are one set; hold out a file yourself"
+            )
+    if not whole:
+        found = _clean(found)
+    if len(found) == 0:
+        raise InputError(f"{found.name} holds no sentence")
+    return found if limit is None or limit >= len(found) else found.subset(chosen(len(found), limit, seed).tolist())
+
+
+def _own(data: Any, columns: Sequence[str] | None) -> Texts:
+    if isinstance(data, str | Path):
+        return _file(Path(data).expanduser(), str(data), columns)
+    if isinstance(data, Mapping) or hasattr(data, "columns"):  # a DataFrame, without importing pandas
+        names = [str(name) for name in (data if isinstance(data, Mapping) else data.columns)]
+        table = dict(zip(names, ([*data[name]] for name in data), strict=True))
+        return _table(table, "the table", columns)
+    if isinstance(data, np.ndarray | Sequence) or hasattr(data, "tolist"):
+        rows = list(data.tolist() if hasattr(data, "tolist") else data)
+        return _rows(rows)
+    raise InputError(f"sentences come from a path, a list of strings or a table, not from {type(data).__name__}")
+
+
+def _rows(rows: list[Any]) -> Texts:
+    if not rows:
+        raise InputError("the list of sentences is empty")
+    width = (
+        1 if isinstance(rows[0], str) or rows[0] is None else len(rows[0]) if isinstance(rows[0], list | tuple) else 0
+    )
+    for number, row in enumerate(rows):
+        cells = row if isinstance(row, list | tuple) else [row]
+        if len(cells) != width or width == 0 or any(not isinstance(cell, str) and not _missing(cell) for cell in cells):
+            expected = "a string" if width < 2 else f"a tuple of {width} strings, as the first"
+            raise InputError(f"item {number} of the list is {_short(row)}, but a sentence is {expected}")
+    cells = [row if isinstance(row, list | tuple) else [row] for row in rows]
+    named = dict(zip(_parts(width), zip(*cells, strict=True), strict=True))
+    return Texts({part: [_text(cell) for cell in column] for part, column in named.items()}, name="sentences")
+
+
+def _parts(width: int) -> list[str]:
+    return ["anchor", "positive", "negative", *(f"negative_{i}" for i in range(2, width))][:width]
+
+
+def _file(path: Path, given: str, columns: Sequence[str] | None) -> Texts:
+    if not path.is_file():
+        if path.is_dir():
+            raise InputError(f"{given} is a folder; sentences come from one file (.txt, {', '.join(TABLES)})")
+        known = ", ".join(NAMES)
+        raise InputError(f"{given!r} is neither a file nor one of {known}{nearest(given, NAMES)}")
+    suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
+    kind = suffixes[-1].lower() if suffixes else ""
+    name = path.name
+    if kind == ".parquet":
+        return _table(_parquet(path), name, columns)
+    lines = _lines(path)
+    match kind:
+        case ".csv" | ".tsv":
+            return _table(_separated(lines, "\t" if kind == ".tsv" else ",", name), name, columns)
+        case ".jsonl" | ".ndjson":
+            return _json_lines(lines, name, columns)
+        case ".json" | ".xlsx" | ".xls" | ".arrow" | ".pdf" | ".docx" | ".zip":
+            raise InputError(f"{given} is no kind of file we read; save it as .txt, {', '.join(TABLES)}")
+    return Texts({"anchor": lines}, name=name)
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file in UTF-8, without their ends."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read ({error})") from error
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"line {line:,} of {path} is not UTF-8 (byte {content[error.start]:#04x}); convert the file"
+        ) from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _separated(lines: list[str], separator: str, name: str) -> dict[str, list[str]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=separator, strict=True)
+    try:
+        header = next(reader, [])
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise InputError(f"line {reader.line_num:,} of {name} is no table row ({error})") from error
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise InputError(f"row {number:,} of {name} has {len(row)} cells, but the header has {len(header)}")
+    return {title: [row[i] for row in rows] for i, title in enumerate(header)}
+
+
+def _json_lines(lines: list[str], name: str, columns: Sequence[str] | None) -> Texts:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"line {number:,} of {name} is not JSON ({error.msg})") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        if rows and all(isinstance(row, str | list) for row in rows):
+            return replace(_rows(rows), name=name)
+        raise InputError(f'{name} holds no JSON objects; each line is one, such as {{"sentence": "..."}}')
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    return _table({title: [row.get(title) for row in rows] for title in titles}, name, columns)
+
+
+def _parquet(path: Path) -> dict[str, list[Any]]:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise InputError("Parquet files need pyarrow: pip install counterpoint[tables]") from error
+    try:
+        return pyarrow.parquet.read_table(path).to_pydict()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} cannot be read as Parquet ({' '.join(str(error).split())})") from error
+
+
+def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None) -> Texts:
+    found = ", ".join(table) or "none"
+    if columns is not None:
+        if missing := [title for title in columns if title not in table]:
+            raise InputError(f"{name} has no column {missing[0]}{nearest(missing[0], table)}; it has {found}")
+        titles = list(columns)
+    else:
+        titles = _found(list(table))
+        if not titles and len(table) == 1 and not _numbers(next(iter(table.values()))):
+            titles = list(table)
+        if not titles:
+            raise InputError(
+                f"{name} has the columns {found}, and none is known to hold sentences: name them sentence (or text), "
+                "or anchor, positive, negative ..., or sentence1 and sentence2"
+            )
+    for title in titles:
+        if _numbers(table[title]):
+            raise InputError(f"column {title} of {name} holds numbers, not sentences; its columns are {found}")
+    parts = {
+        part: [_text(cell) for cell in table[title]] for part, title in zip(_parts(len(titles)), titles, strict=True)
+    }
+    score = None
+    judged = [title for title in table if title.lower() in SCORE]
+    if len(titles) == 2 and judged:
+        try:
+            score = np.array([float(cell) for cell in table[judged[0]]])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"column {judged[0]} of {name} holds something that is no number ({error})") from error
+    return Texts(parts, score, name)
+
+
+def _found(titles: list[str]) -> list[str]:
+    """Columns of sentences by their names: one anchor, at most one positive, negatives only beside a positive."""
+    anchors = [title for title in titles if title.lower() in ANCHOR]
+    positives = [title for title in titles if title.lower() in POSITIVE]
+    negatives = [title for title in titles if NEGATIVE.match(title.lower())]
+    if len(anchors) != 1 or len(positives) > 1 or (negatives and not positives):
+        return []
+    return anchors + positives + negatives
+
+
+def _missing(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, float) and np.isnan(cell)) or type(cell).__name__ == "NAType"
+
+
+def _text(cell: Any) -> str:
+    return "" if _missing(cell) else str(cell)
+
+
+def _numbers(column: Sequence[Any]) -> bool:
+    cells = [_text(cell).strip() for cell in column]
+    cells = [cell for cell in cells if cell]
+    return bool(cells) and all(re.fullmatch(r"[-+]?[\d.,]+([eE][-+]?\d+)?", cell) for cell in cells)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _clean(texts: Texts) -> Texts:
+    rows = list(zip(*texts.columns.values(), strict=True))
+    full = [i for i, row in enumerate(rows) if all(cell.strip() for cell in row)]
+    if empty := len(rows) - len(full):
+        what = "empty sentences" if len(texts.columns) == 1 else "rows with an empty sentence"
+        log.warning("%s: %s %s left out", texts.name, f"{empty:,}", what)
+    first: dict[tuple[str, ...], int] = {}
+    for i in full:
+        first.setdefault(rows[i], i)
+    if (repeated := len(full) - len(first)) and texts.score is None:
+        what = "repeated sentences" if len(texts.columns) == 1 else "repeated rows"
+        log.warning("%s: %s %s left out (each would be its own negative)", texts.name, f"{repeated:,}", what)
+        full = list(first.values())
+    return texts if len(full) == len(rows) else texts.subset(full)
+
+
+# ---------------------------------------------------------------------------------------------------------- known sets
+
+
+def sts(name: str, split: str = "test") -> Texts:
+    """Scored pairs: "stsb" (Cer et al. 2017), "sick" (Marelli et al. 2014) or "sts12" ... "sts16" (SemEval).
+
+    Args:
+        name: of the set.
+        split: "train", "dev" or "test" of stsb and sick; "test" of the others, and "train" of sts12. "all" is all.
+
+    Raises:
+        InputError: the file is not on this machine, or no such split.
+    """
+    file, score = {"stsb": ("stsb", "score"), "sick": ("sick", "relatedness")}.get(name, ("sts12_16", "score"))
+    table = _known_file("sts", f"{file}.csv.gz", f"split, {score}, sentence1, sentence2")
+    inside = [task.lower() == name for task in table["task"]] if "task" in table else [True] * len(table["split"])
+    splits = {part for part, mine in zip(table["split"], inside, strict=True) if mine}
+    if split != "all" and split not in splits:
+        raise InputError(f"{name} has the splits {', '.join(sorted(splits))}, not {split!r}")
+    at = [i for i, part in enumerate(table["split"]) if inside[i] and split in ("all", part)]
+    pairs = {"anchor": table["sentence1"], "positive": table["sentence2"]}
+    return Texts(pairs, np.array(table[score], dtype=float), f"{name}/{split}").subset(at)
+
+
+STS = ("sts12", "sts13", "sts14", "sts15", "sts16", "stsb", "sick")
+"""The seven sets of the protocol `sts-all`, in the order of everyone's tables."""
+
+
+def without(texts: Texts, others: Iterable[str]) -> Texts:
+    """`texts` without the rows that hold a sentence of `others`, whatever its case, spacing or full stop."""
+    known = {_key(sentence) for sentence in others}
+    rows = zip(*texts.columns.values(), strict=True)
+    return texts.subset(i for i, row in enumerate(rows) if not any(_key(cell) in known for cell in row))
+
+
+def _key(sentence: str) -> str:
+    return " ".join(re.findall(r"\w+", sentence.lower()))
+
+
+def _sts_sentences(split: str) -> Texts:
+    """All sentences of the seven sets except those of STS-B's dev and test part: for studies that test on STS-B only."""
+    _only("sts-sentences", split)
+    sets = [sts(name, "all") for name in STS]
+    tested = [sentence for part in ("dev", "test") for sentence in sts("stsb", part).sentences()]
+    distinct = dict.fromkeys(sentence for texts in sets for sentence in texts.sentences())
+    return without(Texts({"anchor": list(distinct)}, name="sts-sentences"), tested)
+
+
+def _multi30k(split: str) -> Texts:
+    _only("multi30k", split)
+    path = _known_path("text_corpus", "multi30k_captions_en.txt.gz", "one caption a line")
+    return Texts({"anchor": _lines(path)}, name="multi30k")
+
+
+def _multi30k_without_sts(split: str) -> Texts:
+    """Captions that stand in no STS set: those were partly made from the same captions."""
+    tested = [sentence for name in STS for sentence in sts(name, "all").sentences()]
+    return replace(without(_multi30k(split), tested), name="multi30k-without-sts")
+
+
+def _brown(split: str) -> Texts:
+    _only("brown", split)
+    path = _known_path("text_corpus", "brown_sentences.tsv.gz", "category TAB sentence")
+    return Texts({"anchor": [line.split("\t", 1)[1] for line in _lines(path)]}, name="brown")
+
+
+def _snli(split: str) -> Texts:
+    """Triples for supervised training: a premise, a sentence that follows from it, one that contradicts it."""
+    table = _known_file("nli", "snli_dev_test.csv.gz", "split, label, premise, hypothesis")
+    splits = set(table["split"])
+    if split not in splits:
+        raise InputError(f"snli has the splits {', '.join(sorted(splits))} here, not {split!r}: say snli:dev")
+    of: dict[str, dict[str, str]] = {}
+    for part, label, premise, hypothesis in zip(
+        *(table[c] for c in ("split", "label", "premise", "hypothesis")), strict=True
+    ):
+        if part == split:
+            of.setdefault(premise, {}).setdefault(label, hypothesis)
+    rows = [
+        (p, h["entailment"], h["contradiction"]) for p, h in of.items() if {"entailment", "contradiction"} <= h.keys()
+    ]
+    return Texts(dict(zip(_parts(3), map(list, zip(*rows, strict=True)), strict=True)), name=f"snli/{split}")
+
+
+def _only(name: str, split: str) -> None:
+    if split != "train":
+        raise InputError(f"{name} has no split {split!r}; it is one set")
+
+
+def _known_path(folder: str, file: str, holds: str) -> Path:
+    path = sources.find(folder, file)
+    if path is None:
+        raise InputError(
+            f"{file} ({holds}) is not on this machine; put it into {folder}/ of the folder that COUNTERPOINT_DATA names"
+        )
+    return path
+
+
+def _known_file(folder: str, file: str, holds: str) -> dict[str, list[str]]:
+    return _separated(_lines(_known_path(folder, file, holds)), ",", file)
+
+
+def _scored(name: str) -> Callable[[str], Texts]:
+    return lambda split: sts(name, split)
+
+
+NAMES: dict[str, Callable[[str], Texts]] = {
+    **{name: _scored(name) for name in STS},
+    "sts-sentences": _sts_sentences,
+    "multi30k": _multi30k,
+    "multi30k-without-sts": _multi30k_without_sts,
+    "brown": _brown,
+    "snli": _snli,
+}
+"""Known sets; each takes a split."""
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+@dataclass
+class Ragged:
+    """Rows of different length in one tensor.
+
+    Args:
+        flat: [sum of lengths] all rows one after the other.
+        offsets: int64 [N + 1], row i is ``flat[offsets[i]:offsets[i + 1]]``.
+    """
+
+    flat: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Ragged:
+        lengths = torch.tensor([0, *map(len, rows)])
+        flat = np.fromiter((value for row in rows for value in row), np.int32, int(lengths.sum()))
+        return cls(torch.from_numpy(flat), lengths.cumsum(0))
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.offsets.diff()
+
+    def padded(self, index: Tensor, value: int) -> tuple[Tensor, Tensor]:
+        """Rows at `index` as int64 [B, L], L the longest of them, filled up with `value`; and int64 mask [B, L]."""
+        start = self.offsets[index]
+        length = self.offsets[index + 1] - start
+        column = torch.arange(int(length.max()) if len(length) else 0, device=self.flat.device)
+        mask = column < length[:, None]
+        at = (start[:, None] + column).masked_fill(~mask, 0)
+        return self.flat[at].long().masked_fill(~mask, value), mask.long()
+
+    def subset(self, index: Tensor) -> Ragged:
+        length = self.lengths[index]
+        offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
+        at = torch.arange(int(offsets[-1]), device=self.flat.device)
+        at = at + (self.offsets[index] - offsets[:-1]).repeat_interleave(length)
+        return Ragged(self.flat[at], offsets)
+
+    def to(self, device: torch.device | str) -> Ragged:
+        return Ragged(self.flat.to(device), self.offsets.to(device))
+
+
+@dataclass
+class Sentences:
+    """Tokenised sentences in memory: the items of every method that reads text.
+
+    A batch holds ``input_ids`` and ``attention_mask`` int64 [B, L] of the anchor, the same with the prefix
+    ``positive_``, ``negative_``, ``negative_2_`` ... for further columns (each with its own L), ``index`` int64 [B], and
+    ``words`` int64 [B, L] (number of the word a token belongs to, -1 for none) if they were asked for.
+
+    Args:
+        ids: token ids by column ("anchor", "positive", "negative" ...).
+        pad: id that fills short rows up.
+        words: word numbers of the anchor's tokens.
+        name: where they come from.
+        truncated: sentences that were longer than the limit.
+    """
+
+    ids: dict[str, Ragged]
+    pad: int
+    words: Ragged | None = None
+    name: str = "sentences"
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids["anchor"].offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [N], tokens of the longest sentence of a row."""
+        return torch.stack([rows.lengths for rows in self.ids.values()]).amax(0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.flat.nbytes + rows.offsets.nbytes for rows in self.ids.values())
+
+    def take(self, index: Tensor) -> dict[str, Tensor]:
+        """The rows at `index` as a batch, padded only to the longest of them."""
+        at = index.to(self.ids["anchor"].offsets.device)
+        batch = {"index": at}
+        for part, rows in self.ids.items():
+            prefix = "" if part == "anchor" else f"{part}_"
+            batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"] = rows.padded(at, self.pad)
+        if self.words is not None:
+            batch["words"] = self.words.padded(at, -1)[0]
+        return batch
+
+    def subset(self, index: Tensor | Sequence[int]) -> Sentences:
+        """The rows at `index`, in that order."""
+        at = torch.as_tensor(index, dtype=torch.int64, device=self.ids["anchor"].offsets.device)
+        words = None if self.words is None else self.words.subset(at)
+        return replace(self, ids={part: rows.subset(at) for part, rows in self.ids.items()}, words=words)
+
+    def to(self, device: torch.device | str) -> Sentences:
+        words = None if self.words is None else self.words.to(device)
+        return replace(self, ids={part: rows.to(device) for part, rows in self.ids.items()}, words=words)
+
+
+def tokenise(texts: Texts, tokenizer: Any, max_length: int, *, words: bool = False) -> Sentences:
+    """Turn sentences into tokens, once.
+
+    Sentences longer than `max_length` tokens (special ones counted) are cut, and the log says how many, once. A row that
+    has no token at all (an empty sentence under a tokeniser without special tokens) gets the padding token as its only one.
+
+    Args:
+        texts: what `load` found.
+        tokenizer: of transformers.
+        max_length: longest row.
+        words: also number the words (runs without white space) that the anchor's tokens come from.
+
+    Raises:
+        InputError: `words` with a tokeniser that does not know where in the text its tokens come from.
+    """
+    pad, truncated = pad_of(tokenizer), 0
+    if words and not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} does not say which word a token comes from; repeat tokens, not words"
+        )
+    ids: dict[str, Ragged] = {}
+    numbers: list[list[int]] = []
+    for part, column in texts.columns.items():
+        rows: list[list[int]] = []
+        for start in range(0, len(column), 8192):
+            chunk = [*column[start : start + 8192]]
+            options = {"return_offsets_mapping": True} if words and part == "anchor" else {}
+            found = tokenizer(
+                chunk, truncation=True, max_length=max_length, return_attention_mask=False,
+                return_token_type_ids=False, **options,
+            )  # fmt: skip
+            full = [i for i, row in enumerate(found["input_ids"]) if len(row) >= max_length]
+            if full:
+                entire = tokenizer([chunk[i] for i in full], truncation=False, verbose=False)["input_ids"]
+                truncated += sum(len(row) > max_length for row in entire)
+            rows += [row or [pad] for row in found["input_ids"]]
+            if options:
+                spans = found["offset_mapping"]
+                numbers += [_word_numbers(text, span) or [-1] for text, span in zip(chunk, spans, strict=True)]
+        ids[part] = Ragged.of(rows)
+    if truncated:
+        count = sum(map(len, texts.columns.values()))
+        log.warning("%s: %s of %s sentences cut to %d tokens", texts.name, f"{truncated:,}", f"{count:,}", max_length)
+    return Sentences(ids, pad, Ragged.of(numbers) if numbers else None, texts.name, truncated)
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that fills rows up: the padding token, else the end-of-text token (which the log says once).
+
+    Raises:
+        InputError: the tokeniser has neither.
+    """
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{type(tokenizer).__name__} has neither a padding nor an end token; set tokenizer.pad_token to one it has"
+        )
+    log.warning("the tokeniser has no padding token; its end token %s pads instead", tokenizer.eos_token)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer.eos_token_id
+
+
+def _word_numbers(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Which word (from 0) each token lies in; -1 for special tokens."""
+    at = [-1] * len(text)
+    for number, word in enumerate(re.finditer(r"\S+", text)):
+        at[word.start() : word.end()] = [number] * (word.end() - word.start())
+    # the last character: tokens of some tokenisers begin with the space before their word
+    return [-1 if end <= start else at[end - 1] for start, end in spans]

@@ -1,0 +1,1 @@
+"""Sentence methods, one file a paper."""

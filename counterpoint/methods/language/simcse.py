@@ -1,0 +1,146 @@
+"""SimCSE: a sentence is its own positive, because dropout never lets an encoder see it twice the same way."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from counterpoint import contrast
+from counterpoint.data import texts
+from counterpoint.data.images import chosen
+from counterpoint.encoders.text import Pooling, tanh_head, text
+from counterpoint.errors import InputError
+from counterpoint.train.method import Batch, Method
+from counterpoint.views.text import stack
+
+
+class SimCSE(Method):
+    r"""Two passes of a sentence through dropout attract each other, all other sentences of the batch repel.
+
+    .. math:: \ell_i = -\frac{\cos(z_i, z_i^+)}{\tau} + \log \sum_j e^{\cos(z_i, z_j^+)/\tau}
+
+    The data decide which SimCSE it is. Single sentences: :math:`z_i^+` is the same sentence under another dropout mask
+    (unsupervised). Columns (anchor, positive): the given positive. Columns (anchor, positive, negative ...): the negatives of
+    all rows join the sum as well (supervised). All sentences of a batch go through the encoder in one pass. Pairs with
+    a score are no positives: their sentences are used singly.
+
+    When to use it: the first thing to try on sentences. Unsupervised it needs a pretrained encoder, one epoch and a small
+    rate; its scores vary by a point or two between seeds, so train several.
+
+    Defaults: temperature 0.05, sentences cut to 32 tokens, [CLS] pooling of a pretrained encoder, a head of one linear
+    layer with tanh that is used in training only. The paper's recipe: AdamW without weight decay, BERT-base, batch 64 and
+    lr 3e-5 (unsupervised), batch 512 and 5e-5 (supervised).
+
+    Where codes differ: the released supervised models keep the head at test time, the unsupervised ones drop it; we always
+    drop it, so that an exported encoder needs no part of ours. The own hard negative may weigh more there; it does not by
+    default, nor here.
+
+    Source: Gao, Yao and Chen 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings" (EMNLP; arXiv
+    2104.08821), equations 4 and 5.
+
+    Args:
+        encoder: transformers model by name or folder (also of sentence-transformers), "transformer-W-L" for a fresh one, or
+            a configuration; see `counterpoint.encoders.text`.
+        pooling: "cls", "mean" or "first-last"; None takes what a sentence-transformers folder says, "mean" for a fresh
+            encoder, and else "cls".
+        layers: keep only the encoder's first so many layers.
+        max_length: tokens that sentences are cut to in training; later a pretrained encoder takes as many as it knows.
+        dropout: of the encoder; None keeps its own.
+        head: the train-only linear layer with tanh; False contrasts the pooled vector itself.
+        temperature: of the softmax.
+        objective: "info_nce", or any other objective of two views by name ("nt_xent", "dcl", "clip_loss" ...); hard
+            negatives need "info_nce".
+    """
+
+    family = "sentences"
+    reads_words = False
+    """Whether batches say which word a token belongs to."""
+
+    def __init__(
+        self,
+        encoder: str | dict[str, Any] = "bert-base-uncased",
+        pooling: Pooling | None = None,
+        layers: int | None = None,
+        max_length: int = 32,
+        dropout: float | None = None,
+        head: bool = True,
+        temperature: float = 0.05,
+        objective: str = "info_nce",
+    ):
+        super().__init__()
+        self.encoder = text(encoder, pooling=pooling, layers=layers, dropout=dropout)
+        if not 3 <= max_length <= self.encoder.positions:
+            raise InputError(f"max_length must lie between 3 and {self.encoder.positions}, not {max_length}")
+        self.max_length = max_length
+        if self.encoder.fresh:  # it never learns what a later position means
+            self.encoder.max_length = max_length
+        self.head = tanh_head(self.encoder.dim) if head else torch.nn.Identity()
+        self.objective, self.temperature = contrast.objective(objective), temperature
+
+    def read(
+        self, data: Any, split: str = "train", *, limit: int | None = None, seed: int = 0, resident: bool | None = None
+    ) -> texts.Sentences:
+        """Sentences to train on, as tokens; always in memory."""
+        if isinstance(data, texts.Sentences):
+            return data if limit is None or limit >= len(data) else data.subset(chosen(len(data), limit, seed))
+        rows = self.used(texts.load(data, split))
+        if limit is not None and limit < len(rows):
+            rows = rows.subset(chosen(len(rows), limit, seed).tolist())
+        return texts.tokenise(rows, self.encoder.tokenizer, self.max_length, words=self.reads_words)
+
+    def used(self, rows: texts.Texts) -> texts.Texts:
+        """The rows as this method trains on them."""
+        return rows.single() if rows.score is not None else rows
+
+    def encode(self, data: Any, *, split: str = "train", batch_size: int = 128) -> np.ndarray:
+        """Embeddings float32 [N, D] of sentences (of a table's first column), one for each row of the data.
+
+        Args:
+            data: whatever `counterpoint.data.texts.load` takes.
+            split: which part of a known set.
+            batch_size: sentences per forward pass.
+        """
+        if not isinstance(data, texts.Sentences):
+            anchors = texts.Texts({"anchor": texts.load(data, split, whole=True).columns["anchor"]})
+            data = texts.tokenise(anchors, self.encoder.tokenizer, self.encoder.max_length)
+        return super().encode(data, batch_size=batch_size)
+
+    def loss(self, batch: Batch) -> Tensor:
+        query, key, *negatives = self.project(*columns(batch))
+        self.watch(query, key)
+        return self.contrast(query, key, negatives)
+
+    def project(self, *sentences: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """[B, D] for each (ids, mask) [B, L], all in one pass."""
+        z = self.head(self.encoder.pooled(*stack(list(sentences), self.encoder.pad)))
+        return z.tensor_split(len(sentences))
+
+    def contrast(
+        self, query: Tensor, key: Tensor, negatives: Sequence[Tensor] = (), earlier: Tensor | None = None
+    ) -> Tensor:
+        """The objective, with hard negatives [B, D] of the batch and keys [K, D] of earlier ones where there are any."""
+        options: dict[str, Any] = {}
+        if negatives:  # as further keys, so that they too meet the queries of every process
+            options["positives"] = torch.arange(len(query), device=query.device)
+            key = torch.cat([key, *negatives])
+        if earlier is not None and len(earlier):
+            options["negatives"] = earlier
+        if options and not takes_negatives(self.objective):
+            raise InputError(
+                f"further negatives need the objective info_nce; {self.objective.__name__} takes pairs only"
+            )
+        return self.objective(query, key, temperature=self.temperature, **options)
+
+
+def columns(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """(ids, mask) of anchor, positive and further columns; a sentence without a positive is its own."""
+    prefixes = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids")]
+    found = [(batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]) for prefix in prefixes]
+    return found * 2 if len(found) == 1 else found
+
+
+def takes_negatives(objective: contrast.Objective) -> bool:
+    return {"positives", "negatives"} <= inspect.signature(objective).parameters.keys()

@@ -1,0 +1,1 @@
+"""Recommendation: what a user will choose next, learned from histories and bundles."""
