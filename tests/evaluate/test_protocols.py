@@ -154,7 +154,27 @@ def test_linear_probe_refits_on_all_training_items():
         linear_probe(x, y, x[:9], y[:9])
     finally:
         protocols._logistic = original
-    assert seen[-1] == (25, 9) and all(a + c == 25 and 4 <= c <= 6 for a, c in seen[:-1]) and len(seen) == 7
+    (fitted, held_out), refit = seen
+    assert refit == (25, 9) and fitted + held_out == 25 and 4 <= held_out <= 6
+
+
+def test_linear_probe_stops_when_weaker_penalties_only_overfit(monkeypatch):
+    x, y = blobs(40, classes=2)
+    right = [0.5, 0.9, 0.8, 0.8, 1.0, 1.0]  # share of right answers for each strength: it must not see the last two
+    tried = []
+
+    def fake(a, b, new, strengths):
+        for strength, share in zip(strengths, right, strict=False):
+            tried.append(strength)
+            answer = np.asarray(held_out_labels)[: len(new)].copy()
+            answer[: round((1 - share) * len(new))] ^= 1
+            yield answer, True
+
+    _, held_out = protocols.stratified(torch.as_tensor(y), 0.2, 0)
+    held_out_labels = np.asarray(y)[held_out.numpy()]
+    monkeypatch.setattr(protocols, "_logistic", fake)
+    result = linear_probe(x, y, x[held_out.numpy()], held_out_labels)
+    assert tried[:-1] == list(protocols.STRENGTHS[:4]) and result.detail["C"] == protocols.STRENGTHS[1]
 
 
 def test_linear_probe_needs_two_classes_and_something_to_tune_on():

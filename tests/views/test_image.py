@@ -441,7 +441,6 @@ def test_bad_batches():
         ("rotate", -3.0),
         ("elastic_smooth", 1),
         ("size", 0),
-        ("std", (0.0,)),
     ],
 )
 def test_choices_that_make_no_sense_are_named(option, value):
