@@ -1,4 +1,4 @@
-"""Several processes compute what one computes: value and gradient, at uneven shards (a table in which several public libraries fail).
+"""Several processes compute what one computes: value and gradient, at uneven shards.
 
 The processes belong to `benchmarks/distributed_gradient.py`, which prints the same numbers as a table; here each of
 them is a condition. Processes start once for both group sizes: starting them is most of the time this file takes.
