@@ -211,7 +211,7 @@ def embed(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     import numpy as np
 
-    from counterpoint.atomic import writing
+    from counterpoint.atomic import save_arrays
     from counterpoint.train import Run
 
     method = Run.open(options.run).model()
@@ -226,8 +226,7 @@ def embed(argv: list[str]) -> int:
     else:
         arrays = {"vector": method.encode(options.data, **part)}
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    with writing(options.out) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    save_arrays(options.out, arrays)
     count, width = arrays["vector"].shape
     print(f"{options.out}: {count:,} vectors of {width} dimensions ({', '.join(arrays)})")
     return 0

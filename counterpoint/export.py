@@ -33,15 +33,15 @@ def export(run: Run, to: str, out: str | Path | None = None) -> tuple[Path, floa
         raise InputError(f'cannot export to "{to}"; there are {", ".join(FORMATS)}')
     method = run.model()
     encoder = method.encoder.eval()
-    if to == "sentence-transformers" or method.family == "sentences":
-        if (to == "sentence-transformers") != (method.family == "sentences"):
-            raise InputError(f"this run embeds {method.family}: --to {to} does not fit")
+    fits = {"images": ("safetensors", "timm"), "sentences": ("sentence-transformers",)}.get(method.family, ())
+    if to not in fits:
+        instead = f"export --to {' or '.join(fits)}" if fits else "embed writes their vectors"
+        raise InputError(f"{method.family} cannot be exported --to {to}; {instead}")
+    if method.family == "sentences":
         from counterpoint.export_text import save_sentence_transformer
 
         folder = Path(out) if out is not None else run.folder / "sentence-transformers"
         return folder, save_sentence_transformer(encoder, folder)
-    if method.family != "images":
-        raise InputError(f"the encoder of {method.family} cannot be exported yet; embed writes its vectors")
     path = Path(out) if out is not None else run.folder / ("encoder.safetensors" if to == "safetensors" else "timm")
     path.parent.mkdir(parents=True, exist_ok=True)
     images = torch.rand(4, encoder.channels, encoder.image_size, encoder.image_size)

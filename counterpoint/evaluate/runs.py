@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterpoint.atomic import writing
+from counterpoint.atomic import save_arrays
 from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
@@ -214,5 +214,4 @@ def _save_gallery(run: Run, items: Images, method: Method, origin: str) -> None:
     arrays["origin"] = np.array(origin)
     if items.label is not None:
         arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes or [""])}
-    with writing(run.folder / "gallery.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    save_arrays(run.folder / "gallery.npz", arrays)

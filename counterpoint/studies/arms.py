@@ -39,7 +39,8 @@ def run_arm(
             raise InputError(
                 f"{folder} holds another configuration (other {', '.join(different)}); remove it or choose another --out"
             )
-        if not set(protocols or ()) <= arm["results"].keys():
+        alone = any(subjects.keys() == {"trained"} for subjects in arm["results"].values())
+        if not set(protocols or ()) <= arm["results"].keys() or (alone and not trained_only):
             run = Run.open(folder)
             arm["results"] |= _measured(run, protocols, trained_only)
             run.write("arm.json", arm)

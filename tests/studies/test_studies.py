@@ -232,6 +232,15 @@ def test_a_finished_arm_is_read_not_trained_again(tmp_path, counted):
     assert mean_of(Run.open(tmp_path / "arm"), "absent") is None
 
 
+def test_an_arm_gets_the_rows_that_learned_nothing_without_training_again(tmp_path, counted):
+    arm = experiment("dcl", **TINY)
+    alone = run_arm(arm, 0, tmp_path / "arm", protocols=["geometry"], trained_only=True)
+    assert alone["results"]["geometry"].keys() == {"trained"}
+    again = run_arm(arm, 0, tmp_path / "arm", protocols=["geometry"])
+    assert again["results"]["geometry"].keys() == {"trained", "untrained", "raw pixels"}
+    assert again["results"]["geometry"]["trained"] == alone["results"]["geometry"]["trained"] and len(counted) == 1
+
+
 def test_an_arm_gets_the_protocol_that_it_lacks_without_training_again(tmp_path, counted):
     arm = experiment("dcl", **TINY)
     first = run_arm(arm, 0, tmp_path / "arm", protocols=["knn-200-0.1"])
