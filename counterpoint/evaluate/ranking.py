@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,21 +111,21 @@ def user_vectors(method: Any, histories: Histories, *, batch_size: int = 1024) -
 
 
 def measure(
-    method: Any,
+    subjects: Mapping[str, Any],
     data: Any,
     *,
-    untrained: Any = None,
+    popularity: bool = True,
     splits: tuple[str, ...] = ("test",),
     limit: int | None = None,
     seed: int = 0,
     remove_history: bool = False,
 ) -> list[Result]:
-    """`loo-full-ranking` of a method beside its untrained self and the popularity of items.
+    """`loo-full-ranking` of sequence methods, and of the popularity of items.
 
     Args:
-        method: a sequence method, for example `counterpoint.methods.recommendation.sasrec.SASRec`.
-        data: what its `read` takes.
-        untrained: the same method with the weights it started from.
+        subjects: what to measure, by name: ``{"trained": method, "untrained": another}``, all with one catalogue.
+        data: what the `read` of the first takes.
+        popularity: also rank every user's items by how often the training parts hold them.
         splits: "valid" and "test".
         limit, seed: the subset of users that it was trained on.
         remove_history: do not rank what the user had before (another protocol, see `loo_full_ranking`).
@@ -135,20 +136,21 @@ def measure(
     """
     results = []
     for split in splits:
-        rows = method.read(data, split, limit=limit, seed=seed)
+        rows = next(iter(subjects.values())).read(data, split, limit=limit, seed=seed)
         batch = rows.take(torch.arange(len(rows)))
         seen = batch["item_seq"] if remove_history else None
         counts = rows.popularity()
-        subjects = [("trained", user_vectors(method, rows), method.encoder.table.detach())]
-        if untrained is not None:
-            untrained.read(rows, split)  # so that it has a row for each item
-            subjects.append(("untrained", user_vectors(untrained, rows), untrained.encoder.table.detach()))
-        subjects.append(("popularity", torch.ones(len(rows), 1), counts[:, None].float()))
+        vectors = {}
+        for subject, method in subjects.items():
+            method.read(rows, split)  # so that one that was never trained has a row for each item
+            vectors[subject] = user_vectors(method, rows), method.encoder.table.detach()
+        if popularity:
+            vectors["popularity"] = torch.ones(len(rows), 1), counts[:, None].float()
         about = {
             "targets_not_in_training": int((counts[batch["target"]] == 0).sum()),
             "users_not_measured": len(rows.users) - len(rows),
         }
-        for subject, users, items in subjects:
+        for subject, (users, items) in vectors.items():
             result = loo_full_ranking(users, items, batch["target"], seen=seen, split=split, subject=subject)
             result.detail.update(about)
             results.append(result)

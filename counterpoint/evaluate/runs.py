@@ -42,7 +42,8 @@ def evaluate(
         trained_only: leave out the untrained encoder and what learned nothing (they were measured elsewhere).
 
     Returns:
-        One result for each protocol and subject: "trained", "untrained", and what learned nothing ("raw pixels").
+        One result for each protocol and subject: "trained" (the last weights), "best on validation" where the training
+        looked, "untrained", and what learned nothing ("raw pixels").
 
     Raises:
         InputError: data that fits no protocol, or a name that is no protocol.
@@ -52,27 +53,27 @@ def evaluate(
     if source is None:
         raise InputError("this run was trained on an array: pass the data to evaluate it on")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained, untrained = run.model().to(device), run.untrained().to(device)
+    trained = run.model().to(device)
+    subjects = {"trained": trained}
+    if run.best.is_file():
+        subjects["best on validation"] = run.model(best=True).to(device)
+    if not trained_only:
+        subjects["untrained"] = run.untrained().to(device)
     match trained.family:
         case "sentences":
-            subjects: list[tuple[str, Any]] = [
-                ("trained", trained.encode),
-                ("untrained", untrained.encode),
-                ("bag of words", texts.bag_of_words),
-            ]
-            found = list(texts.measure(subjects[: 1 if trained_only else None], protocols))
+            encoders: list[tuple[str, Any]] = [(name, method.encode) for name, method in subjects.items()]
+            if not trained_only:
+                encoders.append(("bag of words", texts.bag_of_words))
+            found = list(texts.measure(encoders, protocols))
         case "histories":
             limit = config["fit"]["limit"] if data is None else None
-            options = {"splits": ("test", "valid"), "limit": limit, "seed": config["fit"]["seed"]}
-            found = ranking.measure(trained, source, untrained=untrained, **options)
-            found = [
-                result
-                for result in found
-                if wanted(result.protocol, protocols) and (result.subject == "trained" or not trained_only)
-            ]
+            options: dict[str, Any] = {"splits": ("test", "valid"), "limit": limit, "seed": config["fit"]["seed"]}
+            found = ranking.measure(subjects, source, popularity=not trained_only, **options)
+            found = [result for result in found if wanted(result.protocol, protocols)]
         case _:
-            pictures = [("trained", encoder_of(trained)), ("untrained", encoder_of(untrained)), ("raw pixels", pixels)]
-            pictures = pictures[: 1 if trained_only else None]
+            pictures: list[tuple[str, Encode]] = [(name, encoder_of(method)) for name, method in subjects.items()]
+            if not trained_only:
+                pictures.append(("raw pixels", pixels))
             found = _images(run, trained, pictures, source, data is not None, protocols)
     if not found:
         names = ", ".join(protocols or ("no protocol",))

@@ -12,6 +12,8 @@ from counterpoint.errors import InputError
 from counterpoint.recipes import Experiment, plain
 from counterpoint.train import Run, fit, resume
 
+BEST = "best on validation"
+
 
 def run_arm(
     experiment: Experiment,
@@ -39,7 +41,7 @@ def run_arm(
             raise InputError(
                 f"{folder} holds another configuration (other {', '.join(different)}); remove it or choose another --out"
             )
-        alone = any(subjects.keys() == {"trained"} for subjects in arm["results"].values())
+        alone = any(subjects.keys() <= {"trained", BEST} for subjects in arm["results"].values())
         if not set(protocols or ()) <= arm["results"].keys() or (alone and not trained_only):
             run = Run.open(folder)
             arm["results"] |= _measured(run, protocols, trained_only)

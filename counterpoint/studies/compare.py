@@ -7,11 +7,11 @@ from typing import Any
 from counterpoint import methods
 from counterpoint.errors import InputError
 from counterpoint.recipes import Experiment, experiment, fit_options, model_options, size_for
-from counterpoint.studies.arms import interval, run_arm
+from counterpoint.studies.arms import BEST, interval, run_arm
 
 SHARED = (
-    *("data", "limit", "encoder", "pretrained", "image_size", "channels"),
-    *("epochs", "batch_size", "accumulate", "precision"),
+    *("data", "limit", "encoder", "pretrained", "image_size", "channels", "text", "layers", "pooling", "max_length"),
+    *("epochs", "batch_size", "accumulate", "precision", "validate", "patience"),
 )
 
 
@@ -32,7 +32,8 @@ class Comparison:
         """One row a method (mean and standard deviation per protocol, minutes, memory); baselines first."""
         rows: list[dict[str, Any]] = []
         first = next(iter(self.arms.values()))
-        for subject in reversed([name for name in first[0]["results"][self.protocols[0]] if name != "trained"]):
+        subjects = first[0]["results"][self.protocols[0]]
+        for subject in reversed([name for name in subjects if name not in ("trained", BEST)]):
             row: dict[str, Any] = {"name": subject}
             for protocol in self.protocols:
                 row[protocol] = _spread([arm["results"][protocol][subject] for arm in first])
@@ -44,6 +45,9 @@ class Comparison:
             for protocol in self.protocols:
                 row[protocol] = _spread([arm["results"][protocol]["trained"] for arm in arms])
             rows.append(row)
+            if BEST in arms[0]["results"][self.protocols[0]]:
+                best = {p: _spread([arm["results"][p][BEST] for arm in arms]) for p in self.protocols}
+                rows.append({**row, **best, "name": f"{name} ({BEST})"})
         return rows
 
     def to_dict(self) -> dict[str, Any]:

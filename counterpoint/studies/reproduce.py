@@ -13,7 +13,7 @@ from typing import Any
 from counterpoint import results
 from counterpoint.errors import InputError, nearest
 from counterpoint.recipes import Experiment, experiment
-from counterpoint.studies.arms import interval, run_arm
+from counterpoint.studies.arms import BEST, interval, run_arm
 
 CELL = re.compile(r"\b[a-z_]\w*(@[\w.]+)?")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -33,6 +33,8 @@ class Study:
     over: dict[str, list[Any]]
     source: str = ""
     diagnose: str | None = None
+    subject: str = "trained"  # or "best on validation", where the recipes look at one
+    runs: str | None = None  # the study whose runs this one measures in another way
 
     def arms(self, budget: str) -> dict[str, Experiment]:
         """Every arm by its name: ``"method@32"``, or ``"method"`` when nothing varies."""
@@ -92,7 +94,7 @@ def reproduce(
     study = entries()[slug]
     seeds = study.seeds if seeds is None else seeds
     arms = study.arms(budget)
-    folder = Path(out) / slug / budget
+    folder = Path(out) / (study.runs or slug) / budget
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     first = next(iter(arms))
     for seed in seeds:
@@ -109,7 +111,8 @@ def reproduce(
 
 def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The record of a study from its finished arms."""
-    scores = {name: [arm["results"][study.metric]["trained"] for arm in arms] for name, arms in cells.items()}
+    measured = {name: [arm["results"][study.metric] for arm in arms] for name, arms in cells.items()}
+    scores = {name: [subjects[study.subject] for subjects in arms] for name, arms in measured.items()}
     per_seed = [{name: values[i] for name, values in scores.items()} for i in range(len(seeds))]
     effect, ci = interval([value_of(study.effect, cell) for cell in per_seed])
     expectations = []
@@ -124,6 +127,7 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
         "claim": study.claim,
         "budget": budget,
         "metric": study.metric,
+        "subject": study.subject,
         "seeds": seeds,
         "effect_of": study.effect,
         "effect": effect,
@@ -134,13 +138,14 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
             name: {
                 "values": scores[name],
                 "mean": interval(scores[name])[0],
+                **({"last": [subjects["trained"] for subjects in measured[name]]} if study.subject == BEST else {}),
                 "config": {key: value for key, value in arms[0]["config"].items() if key != "seed"},
                 "minutes": [arm["minutes"] for arm in arms],
                 **({study.diagnose: [arm[study.diagnose] for arm in arms]} if study.diagnose else {}),
             }
             for name, arms in cells.items()
         },
-        "reference": {subject: value for subject, value in first.items() if subject != "trained"},
+        "reference": {subject: value for subject, value in first.items() if subject not in ("trained", BEST)},
         "environment": environment,
     }
 

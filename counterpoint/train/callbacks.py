@@ -16,6 +16,7 @@ from torch import Tensor
 from counterpoint import contrast
 from counterpoint.errors import InputError
 from counterpoint.train.batches import Batches
+from counterpoint.train.checkpoint import save_state
 from counterpoint.train.method import Diverged
 
 BINS = 50
@@ -169,6 +170,56 @@ class Recorder(lightning.Callback):
         return batch_idx % self.every == 0
 
 
+class Selection(lightning.Callback):
+    """Scores the weights on the validation part every few epochs and keeps the best in ``checkpoints/best.safetensors``.
+
+    Each look is a line of validation.jsonl. Ties keep the earlier weights.
+
+    Args:
+        run: where to keep them.
+        score: from a method to an `evaluate.Result`; higher is better.
+        every: epochs between two looks.
+        patience: looks without a better score before the training stops; 0 never stops it.
+    """
+
+    def __init__(self, run: Any, score: Any, every: int, patience: int):
+        self.run, self.score, self.every, self.patience = run, score, every, patience
+        self.path = run.folder / "validation.jsonl"
+        self.best, self.waited = -math.inf, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.waited = state["best"], state["waited"]
+
+    def on_train_start(self, trainer: Any, method: Any) -> None:
+        if trainer.is_global_zero:
+            keep_until(self.path, trainer.global_step)
+        trainer.should_stop = self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        return 0 < self.patience <= self.waited
+
+    def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 < trainer.num_training_batches or (trainer.current_epoch + 1) % self.every:
+            return
+        result = self.score(method) if trainer.is_global_zero else None
+        value = trainer.strategy.broadcast(None if result is None else result.value)
+        better = value > self.best
+        self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
+        if self.exhausted:
+            trainer.should_stop = True
+        if result is None:
+            return
+        record = {"step": step_of(trainer, batch_idx), "epoch": trainer.current_epoch + 1, "best": better}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record | {"protocol": result.protocol, result.metric: value}) + "\n")
+        if better:
+            save_state({"state_dict": method.state_dict(), **record}, self.run.best)
+
+
 class Checkpointer(lightning.Callback):
     """Keeps ``checkpoints/last.safetensors``: at the end of an epoch at most every `seconds`, at the end, and on Ctrl-C."""
 
@@ -190,7 +241,7 @@ class Checkpointer(lightning.Callback):
         if not stepped(trainer, batch_idx):  # half-accumulated gradients are in no checkpoint
             return
         last = batch_idx + 1 == trainer.num_training_batches
-        final = last and trainer.current_epoch + 1 == trainer.max_epochs
+        final = last and (trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop)
         waited = time.perf_counter() - self.saved
         due = final or (last and waited >= self.seconds) or waited >= 20 * max(self.seconds, 1)
         self.stopped, due = agreed(trainer, self.stopped, due)

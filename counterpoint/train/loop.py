@@ -15,7 +15,7 @@ import torch
 from counterpoint.data import NAMES
 from counterpoint.errors import InputError, nearest
 from counterpoint.train.batches import Batches
-from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, StepSeed
+from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, Selection, StepSeed
 from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
 from counterpoint.train.method import Method, checked
 from counterpoint.train.optimise import Optimisation
@@ -38,7 +38,7 @@ def fit(
     weight_decay: float = 5e-4,
     sgd_momentum: float = 0.9,
     warmup: float = 0.0,
-    schedule: Literal["cosine", "constant"] = "cosine",
+    schedule: Literal["cosine", "linear", "constant"] = "cosine",
     accumulate: int = 1,
     clip: float | None = None,
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
@@ -47,6 +47,8 @@ def fit(
     compile: bool = False,
     workers: int = 2,
     limit: int | None = None,
+    validate: int = 0,
+    patience: int = 0,
     seed: int = 0,
     run: str | Path | None = None,
     logger: Literal["none", "tensorboard", "wandb"] = "none",
@@ -70,7 +72,7 @@ def fit(
         weight_decay: on weights, not on biases and normalisation.
         sgd_momentum: of sgd and lars.
         warmup: share of all steps with linearly growing rate.
-        schedule: cosine to zero, or constant.
+        schedule: cosine or linear to zero, or constant.
         accumulate: batches per optimiser step. It adds no negatives: each batch contrasts only with itself.
         clip: largest gradient norm.
         precision: number format of the forward and backward pass.
@@ -79,6 +81,9 @@ def fit(
         compile: compile encoder and heads with torch.compile.
         workers: decoding processes for image folders that do not fit in memory.
         limit: train on a random subset of this many items.
+        validate: epochs between looks at the validation score (see `counterpoint.evaluate.validation`), whose best weights
+            are kept beside the last ones; 0 never looks.
+        patience: looks without a better score after which the training ends; 0 goes to the end.
         seed: of the initial weights (when trained from the command line), the order and the views.
         run: folder to create; default runs/METHOD-N.
         logger: besides metrics.jsonl.
@@ -98,10 +103,11 @@ def fit(
     _check_options(options)
     items = method.read(data, limit=limit, seed=seed)
     config = describe(method, _name(data), options, command)
-    _check(method, items, batch_size, accumulate)
+    _check(method, items, options)
+    score = _score(method, data, options)
     if devices > 1 and os.environ.get("LOCAL_RANK", "0") != "0":  # started beside the first, which made the folder
         place = Path(os.environ.get(FOLDER) or run or "runs")
-        return _train(Run(place, method), method, items, options, resume=False)
+        return _train(Run(place, method), method, items, score, options, resume=False)
     folder = next_folder(config["method"].rsplit(":", 1)[-1].lower()) if run is None else Path(run)
     make_folder(folder)
     os.environ[FOLDER] = str(folder)
@@ -109,7 +115,7 @@ def fit(
     try:
         result.write("config.yaml", config)
         result.write("environment.json", environment())
-        return _train(result, method, items, options, resume=False)
+        return _train(result, method, items, score, options, resume=False)
     except BaseException:
         if not (folder / "metrics.jsonl").exists() and not result.checkpoint.exists():
             shutil.rmtree(folder)  # nothing happened: leave the name free for another try
@@ -154,12 +160,22 @@ def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | No
     if data is None and config["data"] is None:
         raise InputError(f"{folder} was trained on an array: pass the same data again")
     method = result.untrained().train()
-    items = method.read(config["data"] if data is None else data, limit=options["limit"], seed=options["seed"])
+    data = config["data"] if data is None else data
+    items = method.read(data, limit=options["limit"], seed=options["seed"])
     result.method = method
-    return _train(result, method, items, options, resume=True)
+    return _train(result, method, items, _score(method, data, options), options, resume=True)
 
 
-def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, resume: bool) -> Run:
+def _score(method: Method, data: Any, options: dict[str, Any]) -> Any:
+    """What `validate` looks at, as a function of the method; made before the run folder, since the data may not do."""
+    if not options["validate"]:
+        return None
+    from counterpoint.evaluate.validation import scorer
+
+    return scorer(method, data, limit=options["limit"], seed=options["seed"])
+
+
+def _train(result: Run, method: Method, items: Any, score: Any, options: dict[str, Any], *, resume: bool) -> Run:
     import lightning
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
@@ -176,8 +192,10 @@ def _train(result: Run, method: Method, items: Any, options: dict[str, Any], *, 
         Position(batches),
         guard,
         Recorder(result.folder, options["log_every"]),
-        checkpointer,
     ]
+    if score is not None:
+        callbacks.append(Selection(result, score, options["validate"], options["patience"]))
+    callbacks.append(checkpointer)  # last, so that a checkpoint holds what the others know
     if options["progress"]:
         callbacks.append(Progress())
     trainer = lightning.Trainer(
@@ -222,7 +240,7 @@ def _check_options(options: dict[str, Any]) -> None:
         checked(name, value, hints[name])
     limits: dict[str, tuple[float, float]] = {
         **dict.fromkeys(("epochs", "accumulate", "devices", "log_every"), (1, math.inf)),
-        **dict.fromkeys(("weight_decay", "workers", "checkpoint_seconds"), (0, math.inf)),
+        **dict.fromkeys(("weight_decay", "workers", "checkpoint_seconds", "validate", "patience"), (0, math.inf)),
         **dict.fromkeys(("sgd_momentum", "warmup"), (0, 1)),
     }
     for name, (low, high) in limits.items():
@@ -233,6 +251,8 @@ def _check_options(options: dict[str, Any]) -> None:
         value = options[name]
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} must be a positive number, not {value}")
+    if options["patience"] and not options["validate"]:
+        raise InputError("patience counts looks at the validation score: say with validate how often to look")
     if options["device"] == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("device is gpu, but torch finds none here; use --device cpu or auto")
     if options["devices"] > 1 and options["device"] != "cpu" and options["devices"] > torch.cuda.device_count() > 0:
@@ -244,9 +264,12 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-def _check(method: Method, items: Any, batch_size: int, accumulate: int) -> None:
+def _check(method: Method, items: Any, options: dict[str, Any]) -> None:
+    batch_size, accumulate = options["batch_size"], options["accumulate"]
     if len(items) < 2:
         raise InputError(f"contrast needs at least two items in a batch, but the data has {len(items)}")
+    if not method.automatic_optimization and (accumulate > 1 or options["clip"] is not None):
+        raise InputError(f"{type(method).__name__} takes its own optimiser steps: leave accumulate and clip out")
     if batch_size > len(items):
         log.warning("batch_size %d is larger than the data: using %d", batch_size, len(items))
     if accumulate > 1:

@@ -1,4 +1,4 @@
-"""Optimisers and the warm-up + cosine schedule."""
+"""Optimisers and schedules of the learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ def build_optimiser(
 
     Args:
         groups: parameter groups.
-        choice: optimiser "sgd" (momentum), "lars" (You et al. 2017), "adam" or "adamw"; schedule "cosine" (to zero
-            after a linear warm-up over the share `warmup` of all steps) or "constant".
+        choice: optimiser "sgd" (momentum), "lars" (You et al. 2017), "adam" or "adamw"; schedule, after a linear
+            warm-up over the share `warmup` of all steps: "cosine" or "linear" to zero, or "constant".
         total_steps: optimiser steps of the whole training.
         fused: take torch's fused kernels on a GPU; not with gradient scaling, which must see the gradients first.
 
@@ -68,8 +68,8 @@ def build_optimiser(
             optimiser = Lars(groups, lr=choice.lr, momentum=choice.momentum)
         case unknown:
             raise InputError(f'no optimizer named "{unknown}"; there are sgd, lars, adam, adamw')
-    if choice.schedule not in ("cosine", "constant"):
-        raise InputError(f'no schedule named "{choice.schedule}"; there are cosine, constant')
+    if choice.schedule not in ("cosine", "linear", "constant"):
+        raise InputError(f'no schedule named "{choice.schedule}"; there are cosine, linear, constant')
     warm = round(choice.warmup * total_steps)
 
     def factor(step: int) -> float:
@@ -77,9 +77,10 @@ def build_optimiser(
             return (step + 1) / warm
         if choice.schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total_steps - warm)))
+        done = (step - warm) / max(1, total_steps - warm)
+        return 1 - done if choice.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     fixed = [group.pop("schedule", choice.schedule) == "constant" for group in optimiser.param_groups]
-    factors = [(lambda step: 1.0) if constant and choice.schedule == "cosine" else factor for constant in fixed]
+    factors = [(lambda step: 1.0) if constant and choice.schedule != "constant" else factor for constant in fixed]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factors)
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

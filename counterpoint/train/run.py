@@ -59,15 +59,20 @@ class Run:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoints" / "last.safetensors"
 
-    def model(self) -> Method:
-        """The trained method, in evaluation mode."""
-        method = self.untrained()
-        state = load_state(self.checkpoint)
+    @property
+    def best(self) -> Path:
+        """The weights with the best validation score; exists when the training looked (``fit(validate=...)``)."""
+        return self.folder / "checkpoints" / "best.safetensors"
+
+    def model(self, *, best: bool = False) -> Method:
+        """The trained method, in evaluation mode, with its last weights, or those with the best validation score."""
+        method, path = self.untrained(), self.best if best else self.checkpoint
+        state = load_state(path)
         try:
             method.load_state_dict(state["state_dict"])
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{self.checkpoint} does not belong to {self.folder}/config.yaml: {reason}") from error
+            raise InputError(f"{path} does not belong to {self.folder}/config.yaml: {reason}") from error
         return method.eval()
 
     def untrained(self) -> Method:

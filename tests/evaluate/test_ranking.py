@@ -110,7 +110,7 @@ def test_measure_gives_every_subject_and_split():
     torch.manual_seed(0)
     lists = [[1, 2, 3, 1, 2], [2, 3, 1, 2, 3], [3, 1, 2, 3, 1], [1, 2], [2, 3, 4]]
     method, start = SASRec(dim=8, hidden=16), SASRec(dim=8, hidden=16)
-    results = measure(method, lists, untrained=start, splits=("valid", "test"))
+    results = measure({"trained": method, "untrained": start}, lists, splits=("valid", "test"))
     assert [(r.protocol, r.subject) for r in results] == [
         (f"loo-full-ranking{split}", subject)
         for split in ("-valid", "")
@@ -122,7 +122,7 @@ def test_measure_gives_every_subject_and_split():
     # training parts: 123 231 312 12 2: counts 4, 5, 3, 0; targets 2, 3, 1, 4 rank 1, 3, 2, 4
     ranks = [1, 3, 2, 4]
     assert test.detail["NDCG@5"] == pytest.approx(100 * sum(1 / math.log2(1 + r) for r in ranks) / 4)
-    fresh = measure(method, lists, remove_history=True)
+    fresh = measure({"trained": method}, lists, remove_history=True)
     assert fresh[0].protocol == "loo-full-ranking-unseen"
 
 
@@ -130,7 +130,7 @@ def test_a_model_is_measured_on_other_data_by_the_names_of_its_items():
     torch.manual_seed(0)
     method = SASRec(dim=8, hidden=16)
     method.read([["a", "b", "c", "d"]])
-    (trained, _) = measure(method, [["d", "b", "x", "a"], ["a", "b", "x"]])
+    (trained, _) = measure({"trained": method}, [["d", "b", "x", "a"], ["a", "b", "x"]])
     assert trained.n == 1 and trained.detail["users_not_measured"] == 1 and trained.detail["items"] == 4
     rows = method.read([["d", "b", "x", "a"]], "test")
     assert rows.take(torch.tensor([0]))["item_seq"][0, :3].tolist() == [4, 2, 0]

@@ -413,9 +413,9 @@ def test_methods_learn_a_chain(cls, options, epochs, tmp_path):
     torch.manual_seed(0)
     lists = chain(60, noise=0.05)
     method = cls(**SMALL, dropout=0.1, attention_dropout=0.1, **options)
-    before = measure(method, lists)[0]
+    before = measure({"trained": method}, lists)[0]
     run = fit(method, lists, epochs=epochs, run=tmp_path / "run", **{**FIT, "lr": 0.01})
-    trained, untrained, popular = measure(run.method, lists, untrained=run.untrained())
+    trained, untrained, popular = measure({"trained": run.method, "untrained": run.untrained()}, lists)
     print(trained.detail["HR@5"], untrained.detail["HR@5"], popular.detail["HR@5"])
     assert before.detail["HR@5"] < 50 and untrained.detail["HR@5"] < 50 and popular.detail["HR@5"] < 50
     assert trained.detail["HR@5"] > 75

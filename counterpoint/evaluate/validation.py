@@ -1,0 +1,57 @@
+"""The score by which a training may choose among its own weights: of a validation part, never of the test part."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from counterpoint.data import Images
+from counterpoint.errors import InputError
+from counterpoint.evaluate import ranking, texts
+from counterpoint.evaluate.protocols import Result, knn
+from counterpoint.train.method import Method
+
+Score = Callable[[Method], Result]
+
+
+def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0) -> Score:
+    """What ``fit(validate=...)`` looks at, decided by what the method embeds.
+
+    Sentences: Spearman on the dev part of STS-B. Histories: NDCG@20 of each user's second-to-last item among all items.
+    Images: kNN accuracy of a fifth of the training images among the others, which needs labels (they choose the
+    weights, and train nothing).
+
+    Args:
+        method: what is trained.
+        data: what it is trained on.
+        limit, seed: the subset of it.
+
+    Raises:
+        InputError: images without labels, or data that hold nothing out.
+    """
+    match method.family:
+        case "sentences":
+            texts.texts.sts("stsb", "dev")  # say now, not after an epoch, that it is not here
+            return lambda trained: texts.sts_b(trained.encode, split="dev")
+        case "histories":
+            rows = method.read(data, "valid", limit=limit, seed=seed)
+            target = rows.take(torch.arange(len(rows)))["target"]
+
+            def next_item(trained: Any) -> Result:
+                items = trained.encoder.table.detach()
+                return ranking.loo_full_ranking(ranking.user_vectors(trained, rows), items, target, split="valid")
+
+            return next_item
+    images = method.read(data, limit=limit, seed=seed, resident=True)
+    if not isinstance(images, Images) or images.label is None or len(images.label.unique()) < 2:
+        raise InputError(
+            f"validate scores images by their classes, but {images.name} has no labels; leave validate out"
+        )
+    bank, held = images.split(0.2)
+    bank_y, held_y = bank.label, held.label
+    assert bank_y is not None and held_y is not None
+
+    def neighbours(trained: Method) -> Result:
+        return knn(trained.encode(bank), bank_y, trained.encode(held), held_y)
+
+    return neighbours
