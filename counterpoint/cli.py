@@ -399,7 +399,8 @@ def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
     if printing:
         print(f"method: {recipe.method}\n" + parser.dump(values, skip_none=False), end="")
         raise SystemExit(0)
-    built = parser.instantiate_classes(values)
+    new = hasattr(parser, "instantiate")  # the older name goes with jsonargparse 5
+    built = parser.instantiate(values) if new else parser.instantiate_classes(values)
     return {key: built[key] for key in vars(built)}
 
 

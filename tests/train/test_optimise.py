@@ -137,3 +137,8 @@ def test_simsiam_predictor_keeps_its_rate_under_the_cosine():
 def test_unknown_names_are_refused(choice, message):
     with pytest.raises(InputError, match=message):
         rates(choice, 1)
+
+
+def test_linear_goes_from_the_peak_to_zero_after_the_warm_up():
+    found = rates(Optimisation(lr=1.0, warmup=0.2, schedule="linear"), 10)
+    assert found == pytest.approx([0.5, 1.0, *(1 - step / 8 for step in range(8))])
