@@ -17,6 +17,7 @@ from counterpoint.errors import InputError, nearest
 from counterpoint.train.batches import Batches
 from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, Selection, StepSeed
 from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
+from counterpoint.train.chunks import in_chunks
 from counterpoint.train.method import Method, checked
 from counterpoint.train.optimise import Optimisation
 from counterpoint.train.run import Run, describe, environment, make_folder, next_folder
@@ -39,6 +40,7 @@ def fit(
     sgd_momentum: float = 0.9,
     warmup: float = 0.0,
     schedule: Literal["cosine", "linear", "constant"] = "cosine",
+    chunk: int | None = None,
     accumulate: int = 1,
     clip: float | None = None,
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
@@ -73,6 +75,8 @@ def fit(
         sgd_momentum: of sgd and lars.
         warmup: share of all steps with linearly growing rate.
         schedule: cosine or linear to zero, or constant.
+        chunk: items that an encoder computes at a time, for batches whose activations do not fit; the loss still sees the
+            whole batch. Costs a second forward pass; see `counterpoint.train.chunks.in_chunks`.
         accumulate: batches per optimiser step. It adds no negatives: each batch contrasts only with itself.
         clip: largest gradient norm.
         precision: number format of the forward and backward pass.
@@ -222,7 +226,8 @@ def _train(result: Run, method: Method, items: Any, score: Any, options: dict[st
             part.compile()
     method.train()
     try:
-        trainer.fit(method, batches, ckpt_path=str(result.checkpoint) if resume else None)
+        with in_chunks(method, options["chunk"]):
+            trainer.fit(method, batches, ckpt_path=str(result.checkpoint) if resume else None)
     except SystemExit:  # what Lightning makes of a second Ctrl-C
         raise KeyboardInterrupt from None
     if trainer.world_size > 1:
@@ -251,6 +256,8 @@ def _check_options(options: dict[str, Any]) -> None:
         value = options[name]
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} must be a positive number, not {value}")
+    if options["chunk"] is not None and options["chunk"] < 2:
+        raise InputError(f"chunk must be at least 2 items, not {options['chunk']}")
     if options["patience"] and not options["validate"]:
         raise InputError("patience counts looks at the validation score: say with validate how often to look")
     if options["device"] == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -274,7 +281,8 @@ def _check(method: Method, items: Any, options: dict[str, Any]) -> None:
         log.warning("batch_size %d is larger than the data: using %d", batch_size, len(items))
     if accumulate > 1:
         log.warning(
-            "accumulate=%d averages gradients but adds no negatives: each batch of %d contrasts only with itself",
+            "accumulate=%d averages gradients but adds no negatives: each batch of %d contrasts only with itself "
+            "(chunk= computes large batches in little memory)",
             accumulate,
             batch_size,
         )
