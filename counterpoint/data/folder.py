@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from counterpoint.data.images import ImageFiles, Images, chosen, physical_memory
 from counterpoint.errors import InputError
 
+if TYPE_CHECKING:
+    from counterpoint.data.shards import Member
+
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (
@@ -24,7 +27,8 @@ EXTENSIONS = (
     ".jp2", ".avif", ".tga", ".ico",
 )  # fmt: skip
 # which folder serves a split, first choice first
-SPLITS = {"train": ("train",), "test": ("test", "val"), "val": ("val",)}
+VALID = ("valid", "val", "validation", "dev")
+SPLITS = {"train": ("train",), "test": ("test", *VALID), **dict.fromkeys(VALID, VALID)}
 SHARE_OF_MEMORY = 0.25
 DEFAULT_SIZE = 224
 
@@ -47,60 +51,113 @@ def from_folder(
     Raises:
         InputError: no images, none that can be read, or no such split.
     """
-    base = _part(root, split)
+    base = split_folder(root, split)
     name = root.resolve().name if base == root else f"{root.resolve().name}/{base.name}"
-    files = _files(base)
+    files = image_files(base)
     if not files:
         kinds = "jpg, png, webp, bmp, gif, tif ..."
         raise InputError(f"{base}/ holds no images (files are recognised by their extension: {kinds})")
     classes = _classes(root, base, files)
-    files = [files[i] for i in chosen(len(files), limit, seed).tolist()]
+    label = None
+    if classes:
+        number = {title: i for i, title in enumerate(classes)}
+        label = torch.tensor([number[file.split("/")[0]] for file in files], dtype=torch.int64)
+    return from_files(
+        files, base, f"{name}/", label=label, classes=classes, size=size, limit=limit, seed=seed, resident=resident
+    )
 
+
+def from_files(
+    files: Sequence[str],
+    base: Path,
+    name: str,
+    *,
+    label: Tensor | None = None,
+    classes: tuple[str, ...] = (),
+    size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    resident: bool | None = None,
+) -> Images | ImageFiles:
+    """The images in `files`, in that order.
+
+    Args:
+        files: paths relative to `base` (or absolute ones).
+        base: folder.
+        name: what messages call them; that of a folder ends with a slash.
+        label, classes: as in `Images`, for each file.
+        size, limit, seed, resident: see `counterpoint.data.load`.
+
+    Raises:
+        InputError: none that can be read.
+    """
+    at = chosen(len(files), limit, seed)
+    some, numbers = [files[i] for i in at.tolist()], None if label is None else label[at]
+    title = name.rstrip("/")
+    found = gather(base, some, title, label=numbers, classes=classes, size=size, resident=resident)
+    warn_skipped(name, found.skipped, len(some))
+    if len(found) == 0:
+        where = f"in {base}/" if name.endswith("/") else f"of {name}"
+        raise InputError(f"none of the {len(some):,} image files {where} can be read: {listed(found.skipped)}")
+    return found
+
+
+def gather(
+    root: Any,
+    files: Sequence[str],
+    name: str,
+    *,
+    label: Tensor | None = None,
+    classes: tuple[str, ...] = (),
+    size: int | None = None,
+    colour: bool | None = None,
+    resident: bool | None = None,
+) -> Images | ImageFiles:
+    """The readable ones of `files`, in their order, and what could not be read in `skipped`; maybe none is left.
+
+    Args:
+        root: folder that `files` are relative to, or anything else whose ``root / file`` opens as a path does.
+        files: what to read.
+        name: of the set.
+        label, classes: as in `Images`, for each file.
+        size, resident: see `counterpoint.data.load`.
+        colour: 3 channels if true, 1 if false; None takes 3 if any file has colour.
+    """
     with ThreadPoolExecutor(_threads()) as pool:
-        headers = list(pool.map(lambda file: _attempt(header, base / file), files))
-        readable = [(file, head) for file, head in zip(files, headers, strict=True) if not isinstance(head, Unreadable)]
+        headers = list(pool.map(lambda file: _attempt(header, root / file), files))
         skipped = [(file, str(head)) for file, head in zip(files, headers, strict=True) if isinstance(head, Unreadable)]
-        colour = any(head[2] for _, head in readable)
-        kept = [file for file, _ in readable]
-        if size is None:
-            size = _common_side([head[:2] for _, head in readable], name)
-        need = len(kept) * (3 if colour else 1) * size * size
+        kept = [i for i, head in enumerate(headers) if not isinstance(head, Unreadable)]
+        rgb = any(headers[i][2] for i in kept) if colour is None else colour
+        side = common_side([headers[i][:2] for i in kept], name) if size is None else size
+        need = len(kept) * (3 if rgb else 1) * side * side
         if resident is None:
             resident = need <= SHARE_OF_MEMORY * physical_memory()
-        image = torch.empty(0, dtype=torch.uint8)
-        if resident and kept:
-            pixels = np.empty((len(kept), 3 if colour else 1, size, size), np.uint8)
-            side = size
+        pixels = np.empty((len(kept) if resident else 0, 3 if rgb else 1, side, side), np.uint8)
+        if resident:
             results = list(
-                pool.map(lambda i: _attempt(_decode_into, pixels, i, base / kept[i], side, colour), range(len(kept)))
+                pool.map(
+                    lambda i: _attempt(_decode_into, pixels, i, root / files[kept[i]], side, rgb), range(len(kept))
+                )
             )
-            skipped += [(kept[i], str(result)) for i, result in enumerate(results) if isinstance(result, Unreadable)]
-            good = [i for i, result in enumerate(results) if not isinstance(result, Unreadable)]
+            skipped += [(files[kept[i]], str(result)) for i, result in enumerate(results) if result is not None]
+            good = [i for i, result in enumerate(results) if result is None]
             # closing the gaps in place: the set may be too large to be there twice
             for to, at in enumerate(good):
                 if to != at:
                     pixels[to] = pixels[at]
-            image = torch.from_numpy(pixels[: len(good)])
-            kept = [kept[i] for i in good]
+            pixels, kept = pixels[: len(good)], [kept[i] for i in good]
 
-    _warn_skipped(f"{name}/", skipped, len(files))
-    if not kept:
-        raise InputError(f"none of the {len(files):,} image files in {base}/ can be read: {_listed(skipped)}")
-    label = None
-    if classes:
-        number = {name: i for i, name in enumerate(classes)}
-        label = torch.tensor([number[file.split("/")[0]] for file in kept], dtype=torch.int64)
     about: dict[str, Any] = {
-        "label": label,
+        "label": None if label is None else label[kept],
         "classes": classes,
         "name": name,
-        "paths": tuple(kept),
+        "paths": tuple(files[i] for i in kept),
         "skipped": tuple(sorted(skipped)),
     }
     if resident:
-        return Images(image=image, **about)
+        return Images(image=torch.from_numpy(pixels), **about)
     log.info("%s: %s images (%.0f MB decoded) are read from disk when needed", name, f"{len(kept):,}", need / 1e6)
-    return ImageFiles(root=base, size=size, colour=colour, **about)
+    return ImageFiles(root=root, size=side, colour=rgb, **about)
 
 
 def _threads() -> int:
@@ -112,7 +169,7 @@ def _folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _part(root: Path, split: str) -> Path:
+def split_folder(root: Path, split: str) -> Path:
     """The folder that holds `split`."""
     known = {name for names in SPLITS.values() for name in names}
     inside = _folders(root)
@@ -127,7 +184,7 @@ def _part(root: Path, split: str) -> Path:
     return root
 
 
-def _files(base: Path) -> list[str]:
+def image_files(base: Path) -> list[str]:
     """Image files below `base` by extension, relative, with forward slashes, sorted; links are followed once."""
     found, seen = [], set()
     for folder, inside, names in os.walk(base, followlinks=True):
@@ -153,7 +210,7 @@ def _classes(root: Path, base: Path, files: list[str]) -> tuple[str, ...]:
     if base != root:
         for part in _folders(root):
             if part != base.name:
-                names |= {file.split("/")[0] for file in _files(root / part) if "/" in file}
+                names |= {file.split("/")[0] for file in image_files(root / part) if "/" in file}
     return tuple(sorted(names))
 
 
@@ -164,7 +221,7 @@ def _attempt(function: Any, *arguments: Any) -> Any:
         return reason
 
 
-def _reason(error: Exception, path: Path) -> Unreadable:
+def _reason(error: Exception, path: Path | Member) -> Unreadable:
     from PIL import Image, UnidentifiedImageError
 
     text = str(error).split("\n")[0]
@@ -173,7 +230,8 @@ def _reason(error: Exception, path: Path) -> Unreadable:
     if isinstance(error, FileNotFoundError):
         return Unreadable("missing")
     if isinstance(error, UnidentifiedImageError):
-        return Unreadable("empty file" if path.stat().st_size == 0 else "not an image")
+        with path.open("rb") as file:
+            return Unreadable("not an image" if file.read(1) else "empty file")
     if isinstance(error, Image.DecompressionBombError):
         return Unreadable("too many pixels")
     if isinstance(error, EOFError) or "truncated" in text.lower():
@@ -181,7 +239,7 @@ def _reason(error: Exception, path: Path) -> Unreadable:
     return Unreadable(f"damaged: {text}" if text else "damaged")
 
 
-def header(path: Path) -> tuple[int, int, bool]:
+def header(path: Path | Member) -> tuple[int, int, bool]:
     """(width, height, has colour) without decoding.
 
     Raises:
@@ -190,35 +248,42 @@ def header(path: Path) -> tuple[int, int, bool]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            return *image.size, not _is_grey(image)
+        with path.open("rb") as file, Image.open(file) as image:
+            return *image.size, not is_grey(image)
     except Exception as error:  # a broken file makes the decoders raise almost anything
         raise _reason(error, path) from error
 
 
-def _is_grey(image: Any) -> bool:
+def is_grey(image: Any) -> bool:
     return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;")
 
 
-def decode(path: Path, size: int, colour: bool) -> np.ndarray:
-    """uint8 [3 or 1, size, size]: upright, shorter side resized to `size` with anti-aliasing, centre cropped.
-
-    Transparency is laid over white; 16-bit grey is scaled to 8 bit.
+def decode(path: Path | Member, size: int, colour: bool) -> np.ndarray:
+    """The image in a file, as `square` makes it.
 
     Raises:
         Unreadable: no image, or not a whole one.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             # lets a JPEG decode at a fraction of its size; twice the target keeps what the resampling needs
             image.draft(None, (2 * size, 2 * size))
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            flat = _eight_bit(upright, "RGB" if colour else "L")
+            return square(image, size, colour)
     except Exception as error:  # as above
         raise _reason(error, path) from error
+
+
+def square(image: Any, size: int, colour: bool) -> np.ndarray:
+    """uint8 [3 or 1, size, size] of a PIL image: upright, shorter side resized with anti-aliasing, centre cropped.
+
+    Transparency is laid over white; 16-bit grey is scaled to 8 bit.
+    """
+    from PIL import Image, ImageOps
+
+    image.load()
+    flat = _eight_bit(ImageOps.exif_transpose(image), "RGB" if colour else "L")
     width, height = flat.size
     scale = size / min(width, height)
     if scale != 1:
@@ -252,11 +317,11 @@ def _eight_bit(image: Any, mode: str) -> Any:
     return image.convert(mode)
 
 
-def _decode_into(pixels: np.ndarray, i: int, path: Path, size: int, colour: bool) -> None:
+def _decode_into(pixels: np.ndarray, i: int, path: Path | Member, size: int, colour: bool) -> None:
     pixels[i] = decode(path, size, colour)
 
 
-def _common_side(sides: Sequence[tuple[int, int]], name: str) -> int:
+def common_side(sides: Sequence[tuple[int, int]], name: str) -> int:
     """The side of the squares that all images are, else of the squares inside equal rectangles, else 224."""
     distinct = Counter(min(side) for side in sides)
     if len(distinct) == 1 and next(iter(distinct)) <= 256:
@@ -266,23 +331,23 @@ def _common_side(sides: Sequence[tuple[int, int]], name: str) -> int:
     return DEFAULT_SIZE
 
 
-def _listed(skipped: Iterable[tuple[str, str]], first: int = 5) -> str:
+def listed(skipped: Iterable[tuple[str, str]], first: int = 5) -> str:
     """'a.jpg (truncated), b.png (not an image) and 7 more'"""
     skipped = sorted(skipped)
     text = ", ".join(f"{file} ({reason})" for file, reason in skipped[:first])
     return text + (f" and {len(skipped) - first:,} more" if len(skipped) > first else "")
 
 
-def _warn_skipped(folder: str, skipped: list[tuple[str, str]], total: int) -> None:
+def warn_skipped(name: str, skipped: Sequence[tuple[str, str]], total: int) -> None:
     if skipped:
         one = len(skipped) == 1
         log.warning(
             "%s: %s of %s files could not be read and %s left out: %s",
-            folder.rstrip("/") + "/",
+            name,
             f"{len(skipped):,}",
             f"{total:,}",
             "was" if one else "were",
-            _listed(skipped),
+            listed(skipped),
         )
 
 
@@ -329,7 +394,7 @@ def from_array(
         if label.shape != (len(array),):
             raise InputError(f"{name} has {len(array):,} images but labels of shape {list(label.shape)}")
     # numbered before the subset is drawn, so that a class keeps its number whatever the limit
-    number, classes = _numbered(label, name)
+    number, classes = numbered(label, name)
     if limit is not None:
         at = chosen(len(array), limit, seed)
         array, number = array[at], None if number is None else number[at]
@@ -381,7 +446,7 @@ def _bytes(array: Tensor, name: str) -> Tensor:
     return array.to(torch.uint8)
 
 
-def _numbered(label: np.ndarray | None, name: str) -> tuple[Tensor | None, tuple[str, ...]]:
+def numbered(label: np.ndarray | None, name: str) -> tuple[Tensor | None, tuple[str, ...]]:
     """Labels as int64 and class names; integers from 0 keep their numbers, all else is numbered in sorted order."""
     if label is None:
         return None, ()

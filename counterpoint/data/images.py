@@ -279,7 +279,7 @@ NAMES: dict[str, Callable[[str, int | None, int], Images]] = {
 
 
 def load(
-    data: str | Path | np.ndarray | Tensor | Images | ImageFiles,
+    data: Any,
     split: str = "train",
     *,
     size: int | None = None,
@@ -287,12 +287,14 @@ def load(
     seed: int = 0,
     resident: bool | None = None,
 ) -> Images | ImageFiles:
-    """Images from a known name, a folder, an array file or an array.
+    """Images from a known name, a folder, an array file, an array, a list or a table.
 
     Args:
         data: a name in `NAMES`; a folder (searched through; its immediate sub-folders are the classes when the images
             lie in sub-folders); an .npz (`image`, `images`, `X` or `x`, optionally `label`, `labels`, `Y` or `y`) or
-            .npy file; or an array, uint8 or float in [0, 1], [N, H, W], [N, H, W, C] or [N, C, H, W].
+            .npy file; an array or tensor, uint8 or float in [0, 1], [N, H, W], [N, H, W, C] or [N, C, H, W]; a list of
+            paths, of PIL images or of such arrays of one shape; or a DataFrame with a column ``image`` or ``path`` of
+            them (and ``label`` or ``class``, where it has one).
         split: "train" or "test". A folder that consists of train/ and test/ (or val/) has them; any other own data is
             all "train", and `.split()` holds out a part of it.
         size: output side in pixels. Files: shorter side resized, centre cropped; None keeps the side that all files
@@ -314,11 +316,18 @@ def load(
             found = data.subset(chosen(len(data), limit, seed))
         if isinstance(found, ImageFiles):
             return found if size is None else replace(found, size=size)
-    elif isinstance(data, np.ndarray | Tensor):
+    elif isinstance(data, Tensor) or (isinstance(data, np.ndarray) and data.dtype.kind not in "OU"):
         from counterpoint.data import folder
 
         _only_train(split, "an array")
         found = folder.from_array(data, None, "array", limit=limit, seed=seed)
+    elif not isinstance(data, str | Path):
+        from counterpoint.data.lists import from_list
+
+        _only_train(split, "a list or table")
+        found = from_list(data, size=size, limit=limit, seed=seed, resident=resident)
+        if isinstance(found, ImageFiles):
+            return found
     elif data in NAMES:
         found = NAMES[str(data)](split, limit, seed)
     else:

@@ -201,7 +201,8 @@ def load(
     Args:
         data: a name in `NAMES`; a CSV, TSV or Parquet file or a data frame with columns for user, item and (optionally)
             timestamp, found by their usual names; a RecBole ``.inter`` file, or a folder that holds one; a text file
-            with a line ``user item item ...`` per user; a mapping from users to lists of items; or a list of such lists.
+            with a line ``user item item ...`` per user; a mapping from users to lists of items; or a list or
+            Series of such lists.
         split: "train", "valid", "test" or "all"; see `Histories`.
         limit: at most so many users, a seeded random subset; the catalogue is then that of their items.
         seed: of that subset.
@@ -359,8 +360,9 @@ def _read(data: Any) -> _Read:
         return _columns(data, "the data frame", "table")
     if isinstance(data, Mapping):
         return _listed(data.items(), "the mapping")
-    if isinstance(data, list | tuple) and all(isinstance(line, list | tuple | np.ndarray) for line in data):
-        return _listed(enumerate(data), "the lists")
+    lines = data.tolist() if hasattr(data, "tolist") else data  # a Series or an array
+    if isinstance(lines, list | tuple) and all(isinstance(line, list | tuple | np.ndarray) for line in lines):
+        return _listed(enumerate(lines), "the lists")
     raise InputError(
         f"histories come from a file, a known name, a data frame, a mapping or lists of items, not {type(data).__name__}"
     )

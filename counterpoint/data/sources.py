@@ -66,6 +66,20 @@ def find(folder: str, *files: str) -> Path | None:
     return next((path for root in roots for file in files if (path := root / folder / file).is_file()), None)
 
 
+def require(folder: str, file: str, holds: str) -> Path:
+    """As `find`, for a file that has no address to be fetched from.
+
+    Raises:
+        InputError: it is nowhere; the message says what it `holds` and where to put it.
+    """
+    path = find(folder, file)
+    if path is None:
+        raise InputError(
+            f"{file} ({holds}) is not on this machine; put it into {folder}/ of the folder that COUNTERPOINT_DATA names"
+        )
+    return path
+
+
 def resolve(folder: str, url: str, sha256: str) -> Path:
     """The local path of the file at `url`, downloaded into the cache if neither place has it.
 
@@ -76,8 +90,8 @@ def resolve(folder: str, url: str, sha256: str) -> Path:
     return find(folder, file) or download(url, cache() / folder / file, sha256)
 
 
-def download(url: str, path: Path, sha256: str, timeout: float = 30) -> Path:
-    """Stream `url` to `path`, which appears only if the content has the SHA-256 `sha256`.
+def download(url: str, path: Path, sha256: str | None, timeout: float = 30) -> Path:
+    """Stream `url` to `path`, which appears only when it is whole and has the SHA-256 `sha256` (None: not known).
 
     Raises:
         InputError: not reachable, cut off, no room, or another content; the message names the folder to put it into.
@@ -95,7 +109,7 @@ def download(url: str, path: Path, sha256: str, timeout: float = 30) -> Path:
                     received += len(chunk)
             if expected is not None and received < int(expected):
                 raise InputError(f"the download of {url} ended at {received:,} of {int(expected):,} bytes; try again")
-            if digest.hexdigest() != sha256:
+            if sha256 is not None and digest.hexdigest() != sha256:
                 raise InputError(
                     f"the file at {url} has SHA-256 {digest.hexdigest()} instead of {sha256}, so it was not kept; "
                     f"put the original file into {path.parent}"

@@ -121,9 +121,7 @@ def _own(data: Any, columns: Sequence[str] | None) -> Texts:
     if isinstance(data, str | Path):
         return _file(Path(data).expanduser(), str(data), columns)
     if isinstance(data, Mapping) or hasattr(data, "columns"):  # a DataFrame, without importing pandas
-        names = [str(name) for name in (data if isinstance(data, Mapping) else data.columns)]
-        table = dict(zip(names, ([*data[name]] for name in data), strict=True))
-        return _table(table, "the table", columns)
+        return _table(as_columns(data), "the table", columns)
     if isinstance(data, np.ndarray | Sequence) or hasattr(data, "tolist"):
         rows = list(data.tolist() if hasattr(data, "tolist") else data)
         return _rows(rows)
@@ -138,12 +136,16 @@ def _rows(rows: list[Any]) -> Texts:
     )
     for number, row in enumerate(rows):
         cells = row if isinstance(row, list | tuple) else [row]
-        if len(cells) != width or width == 0 or any(not isinstance(cell, str) and not _missing(cell) for cell in cells):
+        if (
+            len(cells) != width
+            or width == 0
+            or any(not isinstance(cell, str) and not is_missing(cell) for cell in cells)
+        ):
             expected = "a string" if width < 2 else f"a tuple of {width} strings, as the first"
-            raise InputError(f"item {number} of the list is {_short(row)}, but a sentence is {expected}")
+            raise InputError(f"item {number} of the list is {short(row)}, but a sentence is {expected}")
     cells = [row if isinstance(row, list | tuple) else [row] for row in rows]
     named = dict(zip(_parts(width), zip(*cells, strict=True), strict=True))
-    return Texts({part: [_text(cell) for cell in column] for part, column in named.items()}, name="sentences")
+    return Texts({part: [as_text(cell) for cell in column] for part, column in named.items()}, name="sentences")
 
 
 def _parts(width: int) -> list[str]:
@@ -156,23 +158,51 @@ def _file(path: Path, given: str, columns: Sequence[str] | None) -> Texts:
             raise InputError(f"{given} is a folder; sentences come from one file (.txt, {', '.join(TABLES)})")
         known = ", ".join(NAMES)
         raise InputError(f"{given!r} is neither a file nor one of {known}{nearest(given, NAMES)}")
-    suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
-    kind = suffixes[-1].lower() if suffixes else ""
-    name = path.name
+    kind, name = kind_of(path), path.name
     if kind == ".parquet":
         return _table(_parquet(path), name, columns)
-    lines = _lines(path)
+    lines = read_lines(path)
     match kind:
         case ".csv" | ".tsv":
-            return _table(_separated(lines, "\t" if kind == ".tsv" else ",", name), name, columns)
+            return _table(separated(lines, "\t" if kind == ".tsv" else ",", name), name, columns)
         case ".jsonl" | ".ndjson":
-            return _json_lines(lines, name, columns)
+            rows = _json_rows(lines, name)
+            if rows and all(isinstance(row, str | list) for row in rows):
+                return replace(_rows(rows), name=name)
+            return _table(_json_table(rows, name), name, columns)
         case ".json" | ".xlsx" | ".xls" | ".arrow" | ".pdf" | ".docx" | ".zip":
             raise InputError(f"{given} is no kind of file we read; save it as .txt, {', '.join(TABLES)}")
     return Texts({"anchor": lines}, name=name)
 
 
-def _lines(path: Path) -> list[str]:
+def kind_of(path: Path) -> str:
+    """The extension that says how a file is read, in lower case; that of "a.CSV.gz" is ".csv"."""
+    suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
+    return suffixes[-1].lower() if suffixes else ""
+
+
+def read_table(path: Path) -> dict[str, list[Any]]:
+    """The columns of a file of one of the kinds in `TABLES` (all but Parquet also .gz).
+
+    Raises:
+        InputError: cannot be read, a line that is not UTF-8 or not of the table (with its number).
+    """
+    kind = kind_of(path)
+    if kind == ".parquet":
+        return _parquet(path)
+    lines = read_lines(path)
+    if kind in (".jsonl", ".ndjson"):
+        return _json_table(_json_rows(lines, path.name), path.name)
+    return separated(lines, "\t" if kind == ".tsv" else ",", path.name)
+
+
+def as_columns(data: Any) -> dict[str, list[Any]]:
+    """The columns of a DataFrame or of a dictionary of columns."""
+    names = [str(name) for name in (data if isinstance(data, Mapping) else data.columns)]
+    return dict(zip(names, ([*data[name]] for name in data), strict=True))
+
+
+def read_lines(path: Path) -> list[str]:
     """Lines of a text file in UTF-8, without their ends."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -190,7 +220,8 @@ def _lines(path: Path) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def _separated(lines: list[str], separator: str, name: str) -> dict[str, list[str]]:
+def separated(lines: list[str], separator: str, name: str) -> dict[str, list[str]]:
+    """The columns of a table whose cells are separated by `separator`, the first line being their titles."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=separator, strict=True)
     try:
@@ -204,7 +235,7 @@ def _separated(lines: list[str], separator: str, name: str) -> dict[str, list[st
     return {title: [row[i] for row in rows] for i, title in enumerate(header)}
 
 
-def _json_lines(lines: list[str], name: str, columns: Sequence[str] | None) -> Texts:
+def _json_rows(lines: list[str], name: str) -> list[Any]:
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -213,12 +244,14 @@ def _json_lines(lines: list[str], name: str, columns: Sequence[str] | None) -> T
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise InputError(f"line {number:,} of {name} is not JSON ({error.msg})") from error
+    return rows
+
+
+def _json_table(rows: list[Any], name: str) -> dict[str, list[Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
-        if rows and all(isinstance(row, str | list) for row in rows):
-            return replace(_rows(rows), name=name)
         raise InputError(f'{name} holds no JSON objects; each line is one, such as {{"sentence": "..."}}')
     titles = list(dict.fromkeys(title for row in rows for title in row))
-    return _table({title: [row.get(title) for row in rows] for title in titles}, name, columns)
+    return {title: [row.get(title) for row in rows] for title in titles}
 
 
 def _parquet(path: Path) -> dict[str, list[Any]]:
@@ -240,7 +273,7 @@ def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None
         titles = list(columns)
     else:
         titles = _found(list(table))
-        if not titles and len(table) == 1 and not _numbers(next(iter(table.values()))):
+        if not titles and len(table) == 1 and not holds_numbers(next(iter(table.values()))):
             titles = list(table)
         if not titles:
             raise InputError(
@@ -248,10 +281,10 @@ def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None
                 "or anchor, positive, negative ..., or sentence1 and sentence2"
             )
     for title in titles:
-        if _numbers(table[title]):
+        if holds_numbers(table[title]):
             raise InputError(f"column {title} of {name} holds numbers, not sentences; its columns are {found}")
     parts = {
-        part: [_text(cell) for cell in table[title]] for part, title in zip(_parts(len(titles)), titles, strict=True)
+        part: [as_text(cell) for cell in table[title]] for part, title in zip(_parts(len(titles)), titles, strict=True)
     }
     score = None
     judged = [title for title in table if title.lower() in SCORE]
@@ -273,21 +306,21 @@ def _found(titles: list[str]) -> list[str]:
     return anchors + positives + negatives
 
 
-def _missing(cell: Any) -> bool:
+def is_missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and np.isnan(cell)) or type(cell).__name__ == "NAType"
 
 
-def _text(cell: Any) -> str:
-    return "" if _missing(cell) else str(cell)
+def as_text(cell: Any) -> str:
+    return "" if is_missing(cell) else str(cell)
 
 
-def _numbers(column: Sequence[Any]) -> bool:
-    cells = [_text(cell).strip() for cell in column]
+def holds_numbers(column: Sequence[Any]) -> bool:
+    cells = [as_text(cell).strip() for cell in column]
     cells = [cell for cell in cells if cell]
     return bool(cells) and all(re.fullmatch(r"[-+]?[\d.,]+([eE][-+]?\d+)?", cell) for cell in cells)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -358,8 +391,8 @@ def _sts_sentences(split: str) -> Texts:
 
 def _multi30k(split: str) -> Texts:
     _only("multi30k", split)
-    path = _known_path("text_corpus", "multi30k_captions_en.txt.gz", "one caption a line")
-    return Texts({"anchor": _lines(path)}, name="multi30k")
+    path = sources.require("text_corpus", "multi30k_captions_en.txt.gz", "one caption a line")
+    return Texts({"anchor": read_lines(path)}, name="multi30k")
 
 
 def _multi30k_without_sts(split: str) -> Texts:
@@ -370,8 +403,8 @@ def _multi30k_without_sts(split: str) -> Texts:
 
 def _brown(split: str) -> Texts:
     _only("brown", split)
-    path = _known_path("text_corpus", "brown_sentences.tsv.gz", "category TAB sentence")
-    return Texts({"anchor": [line.split("\t", 1)[1] for line in _lines(path)]}, name="brown")
+    path = sources.require("text_corpus", "brown_sentences.tsv.gz", "category TAB sentence")
+    return Texts({"anchor": [line.split("\t", 1)[1] for line in read_lines(path)]}, name="brown")
 
 
 def _snli(split: str) -> Texts:
@@ -397,17 +430,8 @@ def _only(name: str, split: str) -> None:
         raise InputError(f"{name} has no split {split!r}; it is one set")
 
 
-def _known_path(folder: str, file: str, holds: str) -> Path:
-    path = sources.find(folder, file)
-    if path is None:
-        raise InputError(
-            f"{file} ({holds}) is not on this machine; put it into {folder}/ of the folder that COUNTERPOINT_DATA names"
-        )
-    return path
-
-
 def _known_file(folder: str, file: str, holds: str) -> dict[str, list[str]]:
-    return _separated(_lines(_known_path(folder, file, holds)), ",", file)
+    return separated(read_lines(sources.require(folder, file, holds)), ",", file)
 
 
 def _scored(name: str) -> Callable[[str], Texts]:
