@@ -1,7 +1,8 @@
-"""Encoders: how a thing becomes a vector. `image`, `text` and `sequence` build them; `heads` make what is contrasted."""
+"""Encoders: how a thing becomes a vector. `image`, `text`, `towers`, `sequence` build them; `heads` make what is contrasted."""
 
 from counterpoint.encoders import heads
 from counterpoint.encoders.image import ConvNet, Features, ImageEncoder, TimmEncoder, image
+from counterpoint.encoders.image_text import Towers, towers
 from counterpoint.encoders.sequence import SASRecEncoder
 from counterpoint.encoders.text import TextEncoder, text
 
@@ -12,7 +13,9 @@ __all__ = [
     "SASRecEncoder",
     "TextEncoder",
     "TimmEncoder",
+    "Towers",
     "heads",
     "image",
     "text",
+    "towers",
 ]

@@ -26,7 +26,7 @@ DROPOUTS = (
     *("embedding_dropout", "mlp_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate"),
 )
 # models that count positions from the padding id + 1
-SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text"}
+SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text"}
 UNLIMITED = 10**6
 
 
@@ -282,6 +282,8 @@ def _positions(config: Any) -> int:
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int) or most <= 0:
         return UNLIMITED
+    if config.model_type == "mpnet":
+        return most - 2  # it counts from 2, whatever the padding id says
     if config.model_type in SHIFTED_POSITIONS:
         return most - (config.pad_token_id or 0) - 1
     return most

@@ -14,7 +14,7 @@ from counterpoint.atomic import save_arrays
 from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
-from counterpoint.evaluate import ranking, texts
+from counterpoint.evaluate import image_text, ranking, texts
 from counterpoint.evaluate.protocols import Result, geometry, knn, linear_probe, one_shot, raw_pixels
 from counterpoint.train.method import Method
 from counterpoint.train.run import Run
@@ -30,7 +30,8 @@ def evaluate(
 ) -> list[Result]:
     """Measure a run by every protocol that fits its data, write ``evaluation.json`` and, of images, the report's gallery.
 
-    Sentences are measured on the STS sets, user histories by the rank of the held-out item, images by their labels.
+    Sentences are measured on the STS sets, user histories by the rank of the held-out item, images by their labels, images
+    with captions by retrieval, gap and, where classes have names, zero-shot classification.
     Labels, where there are any, serve the protocols only: training has not seen them. The classifiers of kNN and
     linear probe are fitted on the training items and scored on held-out ones: the data set's own test part, else a
     stratified fifth of the images (whose pixels, not labels, the training did see; the result says so).
@@ -70,6 +71,10 @@ def evaluate(
             options: dict[str, Any] = {"splits": ("test", "valid"), "limit": limit, "seed": config["fit"]["seed"]}
             found = ranking.measure(subjects, source, popularity=not trained_only, **options)
             found = [result for result in found if wanted(result.protocol, protocols)]
+        case "pairs":
+            own = config["fit"]["limit"] if data is None else None
+            known = {"limit": own, "seed": config["fit"]["seed"], "trained_on": config["data"]}
+            found = image_text.measure(subjects, source, protocols=protocols, **known)
         case _:
             pictures: list[tuple[str, Encode]] = [(name, encoder_of(method)) for name, method in subjects.items()]
             if not trained_only:

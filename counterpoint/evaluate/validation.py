@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from counterpoint.data import Images
+from counterpoint.data import Images, captions
 from counterpoint.errors import InputError
-from counterpoint.evaluate import ranking, texts
+from counterpoint.evaluate import image_text, ranking, texts
 from counterpoint.evaluate.protocols import Result, knn
 from counterpoint.train.method import Method
 
@@ -18,6 +18,7 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
     """What ``fit(validate=...)`` looks at, decided by what the method embeds.
 
     Sentences: Spearman on the dev part of STS-B. Histories: NDCG@20 of each user's second-to-last item among all items.
+    Images with captions: R@1, the mean of both directions, on the validation part.
     Images: kNN accuracy of a fifth of the training images among the others, which needs labels (they choose the
     weights, and train nothing).
 
@@ -42,6 +43,8 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
                 return ranking.loo_full_ranking(ranking.user_vectors(trained, rows), items, target, split="valid")
 
             return next_item
+        case "pairs":
+            return _pairs(method, data)
     images = method.read(data, limit=limit, seed=seed, resident=True)
     if not isinstance(images, Images) or images.label is None or len(images.label.unique()) < 2:
         raise InputError(
@@ -55,3 +58,15 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
         return knn(trained.encode(bank), bank_y, trained.encode(held), held_y)
 
     return neighbours
+
+
+def _pairs(method: Any, data: Any) -> Score:
+    try:
+        pairs = captions.load(data, "valid", size=method.stored_size, channels=method.channels, resident=True)
+    except InputError as error:
+        raise InputError(f"validate needs pairs that training does not see ({error}); leave validate out") from error
+    return lambda trained: next(
+        result
+        for result in image_text.measure({"trained": trained}, pairs, protocols=["retrieval-mean"])
+        if result.protocol == "retrieval-mean"
+    )

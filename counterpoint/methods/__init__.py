@@ -40,6 +40,7 @@ BASELINES: tuple[Entry, ...] = (
     Entry(None, "byol", "BYOL", "vision", "counterpoint.methods.vision.byol:BYOL"),
     Entry(None, "simsiam", "SimSiam", "vision", "counterpoint.methods.vision.simsiam:SimSiam"),
     Entry(None, "simcse", "SimCSE", "language", "counterpoint.methods.language.simcse:SimCSE"),
+    Entry(None, "clip", "CLIP", "image_text", "counterpoint.methods.image_text.clip:CLIP"),
     Entry(None, "sasrec", "SASRec", "recommendation", "counterpoint.methods.recommendation.sasrec:SASRec"),
     Entry(None, "cl4srec", "CL4SRec", "recommendation", "counterpoint.methods.recommendation.cl4srec:CL4SRec"),
 )

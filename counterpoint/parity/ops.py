@@ -188,3 +188,26 @@ def mclrec_augmenter(x: Inputs, p: dict[str, Any]) -> Outputs:
     weights = dict(zip(dict(augment.named_parameters()), given, strict=True))
     z = torch.func.functional_call(augment, weights, (x["h"],))
     return {"z": z, "probe": (z * x["w"]).sum()}
+
+
+@op("laclip.clip_loss")
+def laclip_clip_loss(x: Inputs, p: dict[str, Any]) -> Outputs:
+    from counterpoint.evaluate.image_text import zero_shot
+
+    image, text = x["image_embed"], x["text_embed"]
+    # each image's class is its own text
+    accuracy = zero_shot(image, torch.arange(len(image)), text).value
+    loss = contrast.clip_loss(image, text, temperature=1 / x["logit_scale"])
+    return {"loss": loss, "clip_acc": torch.tensor(accuracy)}
+
+
+@op("moe-embeddings.clip_loss")
+def moe_embeddings_clip_loss(x: Inputs, p: dict[str, Any]) -> Outputs:
+    a, b, temperature = x["a"], x["b"], x["temperature"]
+    with torch.no_grad():  # targets are constants, and of equal ones the first counts: max says so, argmax does not
+        alike = ((a @ a.T + b @ b.T) / 2 * temperature).softmax(1)
+        there, back = alike.max(1).indices, alike.max(0).indices
+    options = {"temperature": temperature, "normalize": False}
+    one = contrast.info_nce(a, b, positives=there, **options)
+    other = contrast.info_nce(b, a, positives=back, **options)
+    return {"loss": (one + other) / 2}

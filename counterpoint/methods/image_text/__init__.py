@@ -1,0 +1,1 @@
+"""Image-text methods, one file a paper."""
