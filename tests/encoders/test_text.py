@@ -8,7 +8,6 @@ import torch
 from counterpoint.data.texts import load, tokenise
 from counterpoint.encoders.text import byte_tokenizer, tanh_head, text
 from counterpoint.errors import InputError
-from counterpoint.export_text import save_sentence_transformer
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 SENTENCES = ["A dog runs.", "It rains", "x"]
@@ -171,34 +170,6 @@ def test_the_head_starts_as_bert_does():
     assert abs(head[0].weight.std().item() - 0.02) < 0.001 and not head[0].bias.any()
     x = torch.randn(3, 256)
     torch.testing.assert_close(head(x), torch.tanh(x @ head[0].weight.T))
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_the_stock_sentence_transformer_gives_the_same_vectors(tmp_path, pooling):
-    stock = pytest.importorskip("sentence_transformers")
-    encoder = build(pooling=pooling, max_length=24)
-    path = tmp_path / "out"
-    assert save_sentence_transformer(encoder, path) < 1e-5
-    model = stock.SentenceTransformer(str(path), device="cpu")
-    sentences = [*SENTENCES, "", "a sentence that is much longer than the limit"]
-    with torch.no_grad():
-        ours = encoder.embed(batch_of(encoder, sentences))
-    torch.testing.assert_close(torch.from_numpy(model.encode(sentences)), ours, atol=1e-5, rtol=1e-4)
-    again = text(str(path)).eval()
-    assert again.pooling == pooling and again.max_length == 24 and not again.fresh
-    with torch.no_grad():
-        torch.testing.assert_close(again.embed(batch_of(again, sentences)), ours)
-    assert not [file for file in tmp_path.iterdir() if file.name.endswith(".partial")]
-
-
-def test_exports_that_cannot_be(tmp_path):
-    with pytest.raises(InputError, match='no module for "first-last"'):
-        save_sentence_transformer(build(pooling="first-last"), tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "thesis.tex").write_text("dear")
-    with pytest.raises(InputError, match="exists and is no exported encoder"):
-        save_sentence_transformer(build(), tmp_path / "b")
-    assert (tmp_path / "b" / "thesis.tex").is_file()
 
 
 def test_a_folder_with_a_pooling_that_we_lack_is_refused(folder, tmp_path):

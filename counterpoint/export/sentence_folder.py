@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +9,39 @@ import torch
 
 from counterpoint.encoders.text import TextEncoder, quiet
 from counterpoint.errors import InputError
+from counterpoint.export.checks import SENTENCES, largest_difference, tokens
+from counterpoint.export.folder import description, replacing
 
 MODES = {"cls": "cls", "cls-before-pooler": "cls", "mean": "mean"}
 KNOWN = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-SENTENCES = ("A man is playing a guitar.", "Two dogs run across the snow", "", "rain " * 400)
 
 
-def save_sentence_transformer(encoder: TextEncoder, path: str | Path) -> float:
+def save(encoder: TextEncoder, path: str | Path, **about: str) -> float:
     """Write `encoder` as a folder of stock modules (Transformer, Pooling) and load it back where that is possible.
 
     Args:
         encoder: with "cls" or "mean" pooling.
-        path: a folder that does not exist yet, or one that this function wrote.
+        path: of the folder.
+        about: further words for its counterpoint.json.
 
     Returns:
         The largest difference between our embeddings and those of ``SentenceTransformer(path).encode``; NaN where
         sentence-transformers is not installed.
 
     Raises:
-        InputError: a pooling that no stock module has, a folder that holds something else, or vectors that differ.
+        InputError: a pooling that no stock module has, a path that is taken, or vectors that differ.
     """
     if encoder.pooling not in MODES:
-        raise InputError(f'sentence-transformers has no module for "{encoder.pooling}" pooling; train with cls or mean')
-    path = Path(path)
-    if path.exists() and not (path / "modules.json").is_file():
-        raise InputError(f"{path} exists and is no exported encoder; choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        _write(encoder, temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return _difference(encoder, path)
+        raise InputError(
+            f'sentence-transformers has no module for "{encoder.pooling}" pooling; export --to safetensors or onnx, or '
+            "train with cls or mean"
+        )
+    with replacing(path, description(encoder, **about)) as folder:
+        _write(encoder, folder)
+        return _difference(encoder, folder)
 
 
 def _write(encoder: TextEncoder, folder: Path) -> None:
-    folder.mkdir()
     with quiet():
         encoder.model.save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
@@ -69,24 +62,15 @@ def _write(encoder: TextEncoder, folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _difference(encoder: TextEncoder, path: Path) -> float:
+def _difference(encoder: TextEncoder, folder: Path) -> float:
     try:
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError:
         return float("nan")
-    from counterpoint.data.texts import Texts, tokenise
-
-    training, device = encoder.training, next(encoder.parameters()).device
-    batch = tokenise(
-        Texts({"anchor": SENTENCES}, name="check of the export"), encoder.tokenizer, encoder.max_length
-    ).take(torch.arange(len(SENTENCES)))
+    device = next(encoder.parameters()).device
     with torch.no_grad():
-        ours = encoder.eval().embed({name: value.to(device) for name, value in batch.items()}).float().cpu()
-    encoder.train(training)
+        ours = encoder.eval().embed({name: value.to(device) for name, value in tokens(encoder).items()})
     with quiet():
-        stock = SentenceTransformer(os.fspath(path), device="cpu")
-    theirs = stock.encode(list(SENTENCES), convert_to_tensor=True, show_progress_bar=False).float().cpu()
-    difference = float((ours - theirs).abs().max())
-    if not difference < 1e-3:
-        raise InputError(f"sentence-transformers embeds with {path} differently (by {difference:.1e})")
-    return difference
+        stock = SentenceTransformer(os.fspath(folder), device="cpu")
+    theirs = stock.encode(list(SENTENCES), convert_to_tensor=True, show_progress_bar=False)
+    return largest_difference(ours.float().cpu(), theirs.float().cpu(), "sentence-transformers")

@@ -40,7 +40,7 @@ def test_timm_opens_the_folder(tmp_path, encoder, channels):
     run = trained(tmp_path, 96, encoder, channels, batch=2)
     path, difference = export(run, "timm")
     assert path == run.folder / "timm" and difference < 1e-5
-    assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in path.iterdir()) == ["config.json", "counterpoint.json", "model.safetensors"]
     again = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
     original = run.model().encoder.model
     images = torch.rand(2, channels, 96, 96)
@@ -48,24 +48,35 @@ def test_timm_opens_the_folder(tmp_path, encoder, channels):
         torch.testing.assert_close(again(images), original(images), rtol=1e-5, atol=1e-5)
     config = json.loads((path / "config.json").read_text())
     assert config["architecture"] == encoder and config["pretrained_cfg"]["input_size"] == [channels, 96, 96]
-    assert len(config["pretrained_cfg"]["mean"]) == len(config["pretrained_cfg"]["std"]) == 3
+    assert len(config["pretrained_cfg"]["mean"]) == len(config["pretrained_cfg"]["std"]) == channels
 
 
 def test_what_timm_cannot_rebuild_is_refused_with_the_reason(tmp_path):
     with pytest.raises(InputError, match=r"resnet10t has the stem for small images.*safetensors.*image_size above 64"):
         export(trained(tmp_path / "a", 32, "resnet10t"), "timm")
     run = trained(tmp_path / "b", 32, "convnet-4")
-    with pytest.raises(InputError, match="convnet-4 is not a timm model; export --to safetensors"):
+    with pytest.raises(InputError, match="convnet-4 is not a timm model; export --to safetensors or onnx"):
         export(run, "timm")
-    with pytest.raises(InputError, match='cannot export to "onnx"; there are safetensors, timm'):
-        export(run, "onnx")
     assert not (run.folder / "timm").exists()
 
 
-def test_a_timm_export_that_answers_differently_is_an_error(tmp_path, monkeypatch):
+def test_formats_are_refused_with_those_that_are_possible(tmp_path, monkeypatch):
+    run = trained(tmp_path, 32, "convnet-4")
+    with pytest.raises(InputError, match=r'cannot export to "onxx"; there are safetensors, onnx, timm.*mean onnx\?'):
+        export(run, "onxx")
+    with pytest.raises(InputError, match=r"images cannot be exported --to open_clip; .*safetensors or onnx or timm"):
+        export(run, "open_clip")
+    monkeypatch.setattr(SimCLR, "family", "smells")
+    with pytest.raises(InputError, match="smells cannot be exported --to onnx; embed writes their vectors"):
+        export(run, "onnx")
+
+
+def test_a_timm_export_that_answers_differently_is_not_kept(tmp_path, monkeypatch):
     import timm
 
     run = trained(tmp_path, 96, "resnet10t", batch=2)
+    path, _ = export(run, "timm")
+    good = (path / "model.safetensors").read_bytes()
     create = timm.create_model
 
     def other(name, *arguments, **options):
@@ -75,8 +86,13 @@ def test_a_timm_export_that_answers_differently_is_an_error(tmp_path, monkeypatc
         return model
 
     monkeypatch.setattr(timm, "create_model", other)
-    with pytest.raises(InputError, match="timm rebuilds resnet10t differently"):
+    with pytest.raises(InputError, match=r"timm's resnet10t answers differently .* nothing was kept"):
+        export(run, "timm", tmp_path / "other")
+    with pytest.raises(InputError, match="answers differently"):
         export(run, "timm")
+    assert (path / "model.safetensors").read_bytes() == good
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run"]
+    assert not list(run.folder.glob(".*"))
 
 
 def test_other_files_are_no_encoders(tmp_path):
