@@ -13,11 +13,14 @@ _HOME = {
     "fit": "counterpoint.train",
     "resume": "counterpoint.train",
     "Run": "counterpoint.train",
+    "Embedder": "counterpoint.embedder",
+    "Index": "counterpoint.serve",
     "SimCLR": "counterpoint.methods.vision.simclr",
     "DCL": "counterpoint.methods.vision.dcl",
     "MoCo": "counterpoint.methods.vision.moco",
     "BYOL": "counterpoint.methods.vision.byol",
     "SimSiam": "counterpoint.methods.vision.simsiam",
+    "CLIP": "counterpoint.methods.image_text.clip",
 }
 
 if TYPE_CHECKING:
@@ -32,11 +35,14 @@ if TYPE_CHECKING:
         sup_con,
         uniformity,
     )
+    from counterpoint.embedder import Embedder
+    from counterpoint.methods.image_text.clip import CLIP
     from counterpoint.methods.vision.byol import BYOL
     from counterpoint.methods.vision.dcl import DCL
     from counterpoint.methods.vision.moco import MoCo
     from counterpoint.methods.vision.simclr import SimCLR
     from counterpoint.methods.vision.simsiam import SimSiam
+    from counterpoint.serve import Index
     from counterpoint.train import Run, fit, resume
 
 

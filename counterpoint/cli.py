@@ -232,17 +232,88 @@ def embed(argv: list[str]) -> int:
     return 0
 
 
+def index(argv: list[str]) -> int:
+    from counterpoint.serve.index import KINDS, METRICS
+
+    parser = _parser("index", "Make embeddings searchable: those of a file, or what a run makes of data.")
+    parser.add_argument("source", help="embedding file (.npz with vector, .npy, .safetensors) or run folder")
+    parser.add_argument("--data", help="what a run is to embed; default is what it was trained on")
+    parser.add_argument("--split", help="part of a data set that has several")
+    parser.add_argument("--out", help="folder of the index; default RUN/index, or FILE.index beside the file")
+    parser.add_argument("--metric", choices=METRICS, help="default cosine; dot for the items of a run on histories")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="exact", help="exact; hnsw (a graph); int8 (a quarter the size)"
+    )
+    parser.add_argument("--M", type=int, default=32, help="hnsw: links of a vector")
+    parser.add_argument("--ef_search", type=int, default=128, help="hnsw: candidates that a search keeps")
+    options = parser.parse_args(argv)
+    from counterpoint.serve.index import Index, of_file, of_run
+
+    source = Path(options.source)
+    about: dict[str, Any]
+    if (source / "config.yaml").is_file():
+        vectors, ids, about = of_run(source, options.data, options.split)
+        out = Path(options.out or source / "index")
+    else:
+        if source.is_dir():
+            raise InputError(f"{source} is neither a run folder (it holds no config.yaml) nor an embedding file")
+        for name in ("data", "split"):
+            if getattr(options, name) is not None:
+                raise InputError(f"{source} holds vectors, so there is nothing to embed: leave --{name} away")
+        (vectors, ids), about = of_file(source), {"file": str(source.resolve())}
+        out = Path(options.out or source.with_suffix(".index"))
+    metric = options.metric or ("dot" if about.get("of") == "histories" else "cosine")
+    settings = {"metric": metric, "kind": options.kind, "M": options.M, "ef_search": options.ef_search}
+    made = Index.build(vectors, ids, **settings, about=about)
+    made.save(out)
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(f"{out}: {len(made):,} vectors of {made.dim} dimensions, {metric}, {options.kind}, {size:,.1f} MB")
+    return 0
+
+
+def search(argv: list[str]) -> int:
+    parser = _parser("search", "The nearest in an index: to one of its items, or to something its run can embed.")
+    parser.add_argument("index", help="folder that counterpoint index wrote")
+    parser.add_argument("query", nargs="*", help="id in the index (itself left out), image file, sentence, or items")
+    parser.add_argument("-k", type=int, default=10, help="how many")
+    parser.add_argument("--vector", metavar="FILE", help="queries from an embedding file")
+    parser.add_argument("--metric", help="refuse an index of another metric")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_intermixed_args(argv)
+    from counterpoint.serve.index import Index, ask, of_file
+
+    if not options.query and not options.vector:
+        raise InputError("there is no query: name an id, an image file or a sentence, or pass --vector FILE")
+    opened = Index.open(options.index, metric=options.metric)
+    answers = [(query, *ask(opened, query, options.k)) for query in options.query]
+    if options.vector:
+        for row, (scores, ids) in enumerate(zip(*opened.search(of_file(options.vector)[0], options.k), strict=True)):
+            answers.append((f"{options.vector} {row}", scores, ids))
+    if options.json:
+        keys = ("rank", "score", "id")
+        found = [
+            {"query": query, "results": [dict(zip(keys, row, strict=True)) for row in _ranked(scores, ids)]}
+            for query, scores, ids in answers
+        ]
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return 0
+    for query, scores, ids in answers:
+        _show_neighbours(query, opened.metric, _ranked(scores, ids))
+    return 0
+
+
 def export(argv: list[str]) -> int:
     parser = _parser("export", "Write a trained encoder for other programs, and check that it loads back.")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--to", required=True, help="safetensors, timm or sentence-transformers")
+    parser.add_argument("--to", required=True, help="safetensors, onnx, timm, sentence-transformers or open_clip")
     parser.add_argument("--out", help="file or folder; default inside the run")
     options = parser.parse_args(argv)
     from counterpoint.export import export as write
     from counterpoint.train import Run
 
     path, difference = write(Run.open(options.run), options.to, options.out)
-    print(f"{path}: loaded back, largest difference {difference:.1e}")
+    checked = f"loaded back, largest difference {difference:.1e}"
+    print(f"{path}: {'not loaded back, no ' + options.to + ' here' if difference != difference else checked}")
     return 0
 
 
@@ -305,7 +376,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (compare, "several methods at one budget: table and plot"),
     "reproduce": (reproduce, "a paper's central claim: paired runs, interval, verdict"),
     "embed": (embed, "embeddings of a data set as a file"),
-    "export": (export, "the trained encoder as safetensors, timm or sentence-transformers folder"),
+    "index": (index, "make embeddings searchable: a file's, or a run's"),
+    "search": (search, "the nearest in an index, as a table or JSON"),
+    "export": (export, "the trained encoder as safetensors, ONNX, timm, sentence-transformers or open_clip"),
     "report": (report, "one HTML file about a run"),
     "parity": (parity, "compare with numbers from the official code"),
     "demo": (demo, "three minutes of handwriting, from training to report"),
@@ -329,6 +402,24 @@ def show_results(results: Sequence[Any]) -> None:
     Console().print(table)
     for note in dict.fromkeys(result.detail["note"] for result in results if "note" in result.detail):
         print(f"test items {note}")
+
+
+def _ranked(scores: Any, ids: Any) -> list[tuple[int, float, Any]]:
+    return list(zip(range(1, len(ids) + 1), scores.tolist(), ids.tolist(), strict=True))
+
+
+def _show_neighbours(query: str, metric: str, rows: list[tuple[int, float, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("", justify="right")
+    table.add_column("distance" if metric == "euclidean" else metric, justify="right")
+    table.add_column(Text(f"nearest to {query}"), overflow="fold")
+    for rank, score, item in rows:
+        table.add_row(str(rank), f"{score:.4f}", Text(str(item)))
+    Console().print(table)
 
 
 def _show_comparison(comparison: Any) -> None:

@@ -392,7 +392,9 @@ def test_damaged_runs_are_named(capsys):
 
 def test_export_refuses_what_it_cannot_do(capsys):
     assert train() == 0
-    assert 'cannot export to "onnx"; there are safetensors, timm' in refused(capsys, "export", "run", "--to", "onnx")
+    assert 'cannot export to "tim"; there are safetensors, onnx, timm' in refused(
+        capsys, "export", "run", "--to", "tim"
+    )
     assert "convnet-4 is not a timm model" in refused(capsys, "export", "run", "--to", "timm")
 
 

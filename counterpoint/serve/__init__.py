@@ -1,0 +1,5 @@
+"""Serving: an index over embeddings, and search in it."""
+
+from counterpoint.serve.index import Index
+
+__all__ = ["Index"]
