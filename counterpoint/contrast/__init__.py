@@ -6,7 +6,7 @@ from torch import Tensor
 
 from counterpoint.contrast import distributed
 from counterpoint.contrast.geometry import alignment, effective_rank, uniformity
-from counterpoint.contrast.kernels import log_sum_exp
+from counterpoint.contrast.kernels import executor, log_sum_exp, softmax_mean
 from counterpoint.contrast.prediction import negative_cosine
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same
 from counterpoint.contrast.sigmoid import sigmoid_loss
@@ -54,12 +54,14 @@ __all__ = [
     "dclw",
     "distributed",
     "effective_rank",
+    "executor",
     "info_nce",
     "log_sum_exp",
     "negative_cosine",
     "nt_xent",
     "objective",
     "sigmoid_loss",
+    "softmax_mean",
     "sup_con",
     "uniformity",
     "unit",

@@ -5,11 +5,16 @@ say about a row, and data-parallel training averages over ranks, so the gradient
 the whole batch, exactly, also when ranks hold different numbers of rows.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from counterpoint.errors import InputError
 
 
 class Gathered(NamedTuple):
@@ -18,6 +23,48 @@ class Gathered(NamedTuple):
     rows: Tensor
     start: int
     ranks: int
+
+
+class Placed(NamedTuple):
+    """Where this rank's rows start among those of all ranks, and how many there are, without anyone holding them."""
+
+    start: int
+    total: int
+
+
+_exchange: ContextVar[str] = ContextVar("exchange", default="gather")
+
+
+@contextmanager
+def exchange(how: Literal["gather", "ring"]) -> Iterator[None]:
+    """How rows of several processes meet inside the block; results and gradients are the same.
+
+    "gather" gives every rank a copy of all keys: one exchange, and the usual choice. "ring" lets key blocks travel from rank
+    to rank (`counterpoint.contrast.kernels.ring`), so that no rank ever holds more than a few blocks of its own size: for
+    batches whose keys would not fit, and with half the arithmetic where the keys are the queries. Losses with listed
+    positives, ignored pairs, label smoothing or class sums gather in either case.
+
+    Raises:
+        InputError: neither of the two.
+    """
+    if how not in ("gather", "ring"):
+        raise InputError(f'rows of several processes meet by "gather" or "ring", not "{how}"')
+    token = _exchange.set(how)
+    try:
+        yield
+    finally:
+        _exchange.reset(token)
+
+
+def by_ring() -> bool:
+    """Whether key blocks travel: several processes, and `exchange` says so."""
+    return world_size() > 1 and _exchange.get() == "ring"
+
+
+def place(local: Tensor) -> Placed:
+    """Where the rows of `local` stand among those of all ranks; one small all-reduce."""
+    sizes = _sizes(len(local), local.device) if world_size() > 1 else [len(local)]
+    return Placed(sum(sizes[: rank()]), sum(sizes))
 
 
 def world_size() -> int:

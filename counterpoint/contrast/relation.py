@@ -6,6 +6,7 @@ with ``|``, ``&`` and ``~``.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from torch import Tensor
 
 class Relation(ABC):
     """A set of (row, column) pairs."""
+
+    parts: tuple["Relation", ...] = ()
+    """The relations that this one combines."""
+
+    tensors: tuple[Tensor, ...] = ()
+    """What it holds itself."""
 
     @abstractmethod
     def holds(self, rows: slice, columns: slice) -> Tensor:
@@ -41,6 +48,7 @@ class Listed(Relation):
 
     def __init__(self, index: Tensor):
         self.index = index if index.ndim == 2 else index[:, None]
+        self.tensors = (self.index,)
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         tile = torch.zeros(
@@ -60,7 +68,7 @@ class Same(Relation):
     """Row i relates to column j when ``row_ids[i] == column_ids[j]`` (labels, clusters, sample ids)."""
 
     def __init__(self, row_ids: Tensor, column_ids: Tensor):
-        self.row_ids, self.column_ids = row_ids, column_ids
+        self.row_ids, self.column_ids = self.tensors = (row_ids, column_ids)
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.row_ids[rows, None] == self.column_ids[None, columns]
@@ -71,6 +79,7 @@ class Mask(Relation):
 
     def __init__(self, matrix: Tensor):
         self.matrix = matrix.bool()
+        self.tensors = (self.matrix,)
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.matrix[rows, columns]
@@ -80,7 +89,7 @@ class Either(Relation):
     """Pairs in one relation or the other."""
 
     def __init__(self, first: Relation, second: Relation):
-        self.first, self.second = first, second
+        self.first, self.second = self.parts = (first, second)
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.first.holds(rows, columns) | self.second.holds(rows, columns)
@@ -93,7 +102,7 @@ class Both(Relation):
     """Pairs in both relations."""
 
     def __init__(self, first: Relation, second: Relation):
-        self.first, self.second = first, second
+        self.first, self.second = self.parts = (first, second)
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.first.holds(rows, columns) & self.second.holds(rows, columns)
@@ -104,6 +113,7 @@ class Transposed(Relation):
 
     def __init__(self, inner: Relation):
         self.inner = inner
+        self.parts = (inner,)
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.inner.holds(columns, rows).T
@@ -114,6 +124,45 @@ class Not(Relation):
 
     def __init__(self, inner: Relation):
         self.inner = inner
+        self.parts = (inner,)
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return ~self.inner.holds(rows, columns)
+
+
+def pack(relation: Relation | None) -> tuple[str, list[Tensor]]:
+    """A relation as words and tensors, the only things that a registered operator takes; "" is none."""
+    if relation is None:
+        return "", []
+    words, tensors = [type(relation).__name__], [*relation.tensors]
+    for part in relation.parts:
+        inner, more = pack(part)
+        words.append(inner)
+        tensors += more
+    return " ".join(words), tensors
+
+
+def unpack(form: str, tensors: Sequence[Tensor]) -> Relation | None:
+    """The relation that `pack` took apart."""
+    words, held = iter(form.split()), iter(tensors)
+
+    def build() -> Relation:
+        match next(words):
+            case "Listed":
+                return Listed(next(held))
+            case "Mask":
+                return Mask(next(held))
+            case "Same":
+                return Same(next(held), next(held))
+            case "Not":
+                return Not(build())
+            case "Transposed":
+                return Transposed(build())
+            case "Either":
+                return Either(build(), build())
+            case "Both":
+                return Both(build(), build())
+            case unknown:
+                raise ValueError(f"no relation {unknown}")
+
+    return build() if form else None

@@ -9,11 +9,13 @@ or ``"none"`` (per row); float32 accumulation whatever the input; under a proces
 every rank, and the gradient averaged over ranks equals the single-process gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from counterpoint.contrast.distributed import Gathered, gather, gather_plain, world_size
-from counterpoint.contrast.kernels import log_sum_exp
+from counterpoint.contrast.distributed import Gathered, Placed, by_ring, gather, gather_plain, place, world_size
+from counterpoint.contrast.kernels import log_sum_exp, ring
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same, Transposed
 from counterpoint.errors import InputError
 
@@ -95,7 +97,8 @@ def info_nce(
             raise InputError(f"hard_negatives must be [{len(query)}, S, d], not {list(hard_negatives.shape)}")
         _check_dimensions(hard_negatives, "hard_negatives", query)
         hard_negatives = ready(hard_negatives)
-    keys = gather(key) if in_batch else Gathered(key, 0, 1)
+    travel = in_batch and by_ring() and positives is None and ignore is None and not (label_smoothing or decoupled)
+    keys = gather(key) if in_batch and not travel else Gathered(key, 0, 1)
     index, relation = _positives(positives, len(query), keys, len(key))
     logits = _positive_logits(query, keys.rows, index, positives, keys.start, temperature)
 
@@ -104,7 +107,8 @@ def info_nce(
     mean_logit = query.new_zeros(len(query))
     if in_batch:
         without = _ignored(ignore, relation, decoupled, keys, len(query), len(key))
-        parts.append(log_sum_exp(query, keys.rows, temperature=temperature, without=without))
+        executor = ring.log_sum_exp if travel else log_sum_exp
+        parts.append(executor(query, keys.rows, temperature=temperature, without=without))
         count, mean_logit = _add_candidates(count, mean_logit, query, keys.rows, temperature)
     elif not decoupled:
         parts.append(logits.logsumexp(1))
@@ -150,9 +154,8 @@ def nt_xent(
     Raises:
         InputError: wrong shape or type, or a batch of one (it has no negative).
     """
-    query, keys, pair = _two_views(z1, z2, temperature, normalize)
-    without = Listed(_own(query, keys))
-    normaliser = log_sum_exp(query, _other(query, keys), temperature=temperature, without=without)
+    query, keys, pair = _two_views(z1, z2, temperature, normalize, travel=True)
+    normaliser = _over_ranks(query, None, keys, temperature, Listed(_own(query, keys)))
     return reduce(normaliser - _divide(pair, temperature), reduction)
 
 
@@ -189,17 +192,17 @@ def dcl(
     Raises:
         InputError: wrong shape or type, or a batch of one (the log-sum would be empty).
     """
-    query, keys, pair = _two_views(z1, z2, temperature, normalize)
+    query, keys, pair = _two_views(z1, z2, temperature, normalize, travel=True)
     own = _own(query, keys)
     half = len(z1)
     partner = torch.cat([own[:half] + half, own[half:] - half])
-    other: Tensor | None = _other(query, keys)
+    everything = None
     weight = _dclw_weight(pair[:half], sigma, detach_weight).repeat(2) if weighted else 1.0
     without = torch.stack([own, partner], dim=1)
     if one_way:
-        query, pair, without, other = query[:half], pair[:half], without[:half], keys.rows
+        query, everything, pair, without = query[:half], query, pair[:half], without[:half]
         weight = weight[:half] if isinstance(weight, Tensor) else weight
-    normaliser = log_sum_exp(query, other, temperature=temperature, without=Listed(without))
+    normaliser = _over_ranks(query, everything, keys, temperature, Listed(without))
     return reduce(normaliser - _divide(weight * pair, temperature), reduction)
 
 
@@ -345,6 +348,9 @@ def _both_ways(query, key, temperature, ignore, decoupled, label_smoothing, norm
         raise InputError(f"row i is paired with row i, but there are {len(query)} and {len(key)} rows")
     query, key = (unit(query), unit(key)) if normalize else (_wide(query), _wide(key))
     per_row = isinstance(temperature, Tensor) and temperature.numel() > 1
+    if by_ring() and ignore is None and not (per_row or label_smoothing or decoupled):
+        row, column = ring.log_sum_exp(query, key, temperature=temperature, columns=True)
+        return reduce((row + column) / 2 - _divide((query * key).sum(1), temperature), reduction)
     if world_size() > 1 or per_row or label_smoothing or decoupled:
         there = info_nce(query, key, temperature=temperature, ignore=ignore, **options)
         back = info_nce(key, query, temperature=temperature, ignore=_transposed(ignore), **options)
@@ -355,8 +361,20 @@ def _both_ways(query, key, temperature, ignore, decoupled, label_smoothing, norm
     return reduce((row + column) / 2 - _divide((query * key).sum(1), temperature), reduction)
 
 
-def _two_views(z1, z2, temperature, normalize) -> tuple[Tensor, Gathered, Tensor]:
-    """Anchors of both views ``[2N, d]``, the rows of all ranks, and each anchor's similarity to its partner."""
+def _over_ranks(
+    query: Tensor, key: Tensor | None, keys: Gathered | Placed, temperature: Temperature, without: Relation | None
+) -> Tensor:
+    """Log-sum-exp of local queries over the keys of all ranks: `key` of this one (None: its queries), `keys` of all."""
+    if isinstance(keys, Placed):
+        return ring.log_sum_exp(query, key, temperature=temperature, without=without)
+    other = keys.rows if keys.ranks > 1 else key
+    return log_sum_exp(query, other, temperature=temperature, without=without)
+
+
+def _two_views(z1, z2, temperature, normalize, travel: bool = False) -> tuple[Tensor, Any, Tensor]:
+    """Anchors of both views ``[2N, d]``, the rows of all ranks (with `travel` maybe their places only), and each anchor's
+    similarity to its partner.
+    """
     _check_matrix(z1, "z1")
     _check_matrix(z2, "z2")
     _check_temperature(temperature, 1)
@@ -364,13 +382,13 @@ def _two_views(z1, z2, temperature, normalize) -> tuple[Tensor, Gathered, Tensor
         raise InputError(f"z1 and z2, the two views, must have one shape, not {list(z1.shape)} and {list(z2.shape)}")
     z1, z2 = (unit(z1), unit(z2)) if normalize else (_wide(z1), _wide(z2))
     query = torch.cat([z1, z2])
-    keys = gather(query)
-    if len(keys.rows) < 4:
+    keys = place(query) if travel and by_ring() else gather(query)
+    if (keys.total if isinstance(keys, Placed) else len(keys.rows)) < 4:
         raise InputError("a batch of one item has no negatives: use a batch of at least 2")
     return query, keys, (z1 * z2).sum(1).repeat(2)
 
 
-def _own(query: Tensor, keys: Gathered) -> Tensor:
+def _own(query: Tensor, keys: Gathered | Placed) -> Tensor:
     return torch.arange(keys.start, keys.start + len(query), device=query.device)
 
 
@@ -430,14 +448,20 @@ def _ignored(ignore, positives: Relation, decoupled: bool, keys: Gathered, n: in
         wide = torch.zeros(n, len(keys.rows), dtype=torch.bool, device=keys.rows.device)
         wide[:, keys.start : keys.start + local] = ignore.bool()
         ignore = Mask(wide)
+    elif keys.ranks > 1 and isinstance(ignore, Same):
+        ignore = Same(ignore.row_ids, gather_plain(ignore.column_ids).rows)
     elif keys.ranks > 1:
-        raise InputError("a relation cannot say what to ignore on other processes: pass ignore as a bool matrix")
+        raise InputError(
+            "a relation of this kind cannot say what to ignore on other processes: pass ignore as a bool matrix"
+        )
     return ignore | positives if decoupled else ignore & ~positives
 
 
 def _transposed(ignore):
     if ignore is None:
         return None
+    if isinstance(ignore, Same):
+        return Same(ignore.column_ids, ignore.row_ids)
     return ignore.T if isinstance(ignore, Tensor) else Transposed(ignore)
 
 

@@ -43,6 +43,13 @@ EXACT = [
     "clip_loss",
     "clip_loss, label smoothing",
     "sigmoid_loss",
+    "clip_loss, equal captions ignored",
+    "nt_xent, by ring",
+    "dcl, by ring",
+    "dcl, one way, by ring",
+    "dclw, by ring",
+    "info_nce, by ring",
+    "clip_loss, by ring",
     "gather alone",
 ]
 CONTROLS = ["control: own negatives only", "control: gradient of others dropped"]

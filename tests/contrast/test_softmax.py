@@ -172,7 +172,9 @@ def test_sup_con_is_exact(mean, temperature, labels, tiles, compare, reference):
 
     inputs = {"x": data(len(labels), 16), "temperature": torch.tensor(temperature)}
     result = compare(ours, plain, inputs).close(torch.float32, temperature)
-    if float(result.expected.mean()) > 1e-3:
+    if (
+        float(result.expected.mean()) * 1e-5 > 2.0**-24 / temperature
+    ):  # else 1e-5 is finer than float32 at logits of 1 / T
         assert mean_error(result) < 1e-5
     compare(ours, plain, inputs, torch.float64).close(torch.float64, temperature)
 
@@ -397,7 +399,10 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_matrix_is_kept_for_the_backward_pass(name):
+def test_no_matrix_is_kept_for_the_backward_pass(name, monkeypatch):
+    from counterpoint.contrast.kernels import blocked
+
+    monkeypatch.setattr(blocked, "KEPT", 0)  # what a batch of any size costs; small ones may keep 16 MB
     x, y = data(N, D).float().requires_grad_(), data(N, D, seed=1).float().requires_grad_()
     sizes = saved(lambda: LOSSES[name](x, y))
     rows = 2 * N + (N if "queue" in name else 0)
@@ -418,6 +423,7 @@ def test_no_matrix_is_made_on_the_way(name, monkeypatch):
     from counterpoint.contrast.kernels import blocked
 
     monkeypatch.setitem(blocked.TILE, "cpu", (64, 96))
+    monkeypatch.setattr(blocked, "KEPT", 0)
     largest = 0
 
     class Watch(TorchDispatchMode):

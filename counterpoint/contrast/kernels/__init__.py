@@ -1,5 +1,5 @@
-"""Executors of the one quadratic reduction in the library. `blocked` runs on every device."""
+"""The one quadratic reduction in the library, and its executors: `blocked` on every device, `triton` on NVIDIA GPUs."""
 
-from counterpoint.contrast.kernels.blocked import log_sum_exp, softplus_sum
+from counterpoint.contrast.kernels.reduction import executor, log_sum_exp, softmax_mean, softplus_sum
 
-__all__ = ["log_sum_exp", "softplus_sum"]
+__all__ = ["executor", "log_sum_exp", "softmax_mean", "softplus_sum"]

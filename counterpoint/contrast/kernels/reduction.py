@@ -1,0 +1,384 @@
+r"""Log-sum-exp of similarities and its kin, differentiable; memory O((N + M) d + one tile), forward and backward.
+
+With logits ``l_ij = scale * <query_i, key_j> + log_weight_j`` over the pairs not in `without`:
+
+    row_i = log sum_j exp(l_ij)        column_j = log sum_i exp(l_ij)
+
+Each reduction is a registered operator (``torch.ops.counterpoint``), so that torch.compile, checkpointing and export
+see one opaque call. Which executor computes it depends on device and relation, and `executor` overrides it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from counterpoint.contrast.kernels import blocked
+from counterpoint.contrast.relation import Relation, pack, unpack
+from counterpoint.errors import InputError
+
+EXECUTORS = ("blocked", "triton")
+_chosen: ContextVar[str | None] = ContextVar("executor", default=None)
+
+
+@contextmanager
+def executor(name: Literal["blocked", "triton"]) -> Iterator[None]:
+    """Compute every reduction inside the block by one executor, whatever the device suggests.
+
+    Raises:
+        InputError: no executor has that name.
+    """
+    if name not in EXECUTORS:
+        raise InputError(f'no executor named "{name}"; there are {", ".join(EXECUTORS)}')
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@overload
+def log_sum_exp(
+    query: Tensor,
+    key: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    without: Relation | None = None,
+    log_weight: Tensor | None = None,
+    columns: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def log_sum_exp(
+    query: Tensor,
+    key: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    without: Relation | None = None,
+    log_weight: Tensor | None = None,
+    columns: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def log_sum_exp(
+    query: Tensor,
+    key: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    without: Relation | None = None,
+    log_weight: Tensor | None = None,
+    columns: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-sum-exp of similarities, tile by tile.
+
+    .. math:: \text{row}_i = \log \sum_{j \notin \text{without}(i)} W_j \exp(\langle q_i, k_j \rangle / \tau_i)
+
+    Args:
+        query: ``[N, d]``, used as given (normalise first if cosine similarity is meant).
+        key: ``[M, d]``; None takes the queries themselves, and then `without` must be symmetric.
+        temperature: positive scalar, 0-d tensor, or (with a key) one value per row ``[N]``; gradients flow to tensors.
+        without: pairs that do not count.
+        log_weight: additive log-weight of each column, ``[M]``.
+        columns: also return the log-sum-exp down each column, from the same pass.
+
+    Returns:
+        ``row [N]``, or ``(row [N], column [M])``. At least float32. A row or column in which no pair counts is -inf,
+        with zero gradient.
+
+    Raises:
+        InputError: shapes that do not fit together, or an executor that cannot do this.
+    """
+    query, key, scale, log_weight = _operands(query, key, temperature, log_weight)
+    form, relation = pack(without)
+    name, precision = _executor(query, key, without, columns)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, scale, log_weight))
+    columns_too = columns and key is not None
+    row, column, _ = _log_sum_exp(query, key, scale, log_weight, form, relation, columns_too, keep, name, precision)
+    if not columns:
+        return row
+    return row, row if key is None else column
+
+
+def softmax_mean(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    without: Relation | None = None,
+    log_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Log-sum-exp of each row and the mean of its logits under the softmax, in one pass.
+
+    .. math:: m_i = \sum_j p_{ij} l_{ij}, \quad p_{ij} = \exp(l_{ij} - \text{row}_i), \quad
+        l_{ij} = \langle q_i, k_j \rangle / \tau_i + \log W_j
+
+    The softmax-weighted mean is what attraction and repulsion with hardness weights need: with the cost -s as logit it
+    is the expected cost under the distribution that the cost itself defines. ``row - m`` is the entropy.
+
+    Args:
+        query, key, temperature, without, log_weight: as in `log_sum_exp`.
+
+    Returns:
+        ``(row [N], mean [N])``; a row in which no pair counts is (-inf, 0), with zero gradient.
+
+    Raises:
+        InputError: shapes that do not fit together.
+    """
+    operands = _operands(query, key, temperature, log_weight)
+    return _SoftmaxMean.apply(*operands, without)
+
+
+def softplus_sum(query: Tensor, key: Tensor, *, scale: float | Tensor = 1.0, bias: float | Tensor = 0.0) -> Tensor:
+    r"""Row sums of the pairwise softplus: ``out_i = sum_j log(1 + exp(scale * <q_i, k_j> + bias))``, tile by tile.
+
+    Args:
+        query: ``[N, d]``.
+        key: ``[M, d]``.
+        scale: positive scalar or 0-d tensor (an inverse temperature).
+        bias: scalar or 0-d tensor added to every logit.
+
+    Returns:
+        ``[N]``, at least float32; differentiable in all four arguments.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(dtype), key.to(dtype)
+    scale, bias = (torch.as_tensor(value, dtype=dtype, device=query.device).reshape(()) for value in (scale, bias))
+    return _softplus_sum(query, key, scale, bias, *_executor(query, key, None, False))
+
+
+def _operands(query, key, temperature, log_weight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Checked, in at least float32, with the temperature as one factor (values per row go into the queries)."""
+    wide = query if key is None else key
+    if query.ndim != 2 or wide.ndim != 2 or query.shape[1] != wide.shape[1]:
+        raise InputError(f"query and key must be [N, d] and [M, d], not {list(query.shape)} and {list(wide.shape)}")
+    if log_weight is not None and log_weight.shape != wide.shape[:1]:
+        raise InputError(f"log_weight must hold one value per key, [{len(wide)}], not {list(log_weight.shape)}")
+    if isinstance(temperature, Tensor) and temperature.numel() not in (1, len(query)):
+        raise InputError(f"temperature must be one value or one per query ({len(query)}), not {temperature.numel()}")
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query = query.to(dtype)
+    if key is None and log_weight is not None:
+        key = query
+    scale = query.new_ones(())
+    if isinstance(temperature, Tensor) and temperature.ndim > 0 and temperature.numel() > 1:
+        if key is None:
+            key = query
+        query = query / temperature.reshape(-1, 1).to(dtype)
+    else:
+        scale = scale / temperature.to(dtype).reshape(()) if isinstance(temperature, Tensor) else scale / temperature
+    return (
+        query,
+        None if key is None else key.to(dtype),
+        scale,
+        None if log_weight is None else log_weight.to(dtype),
+    )
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The fused kernels, where triton is installed."""
+    try:
+        from counterpoint.contrast.kernels import triton
+    except ImportError:
+        return None
+    return triton
+
+
+def _executor(query: Tensor, key: Tensor | None, without: Relation | None, columns: bool) -> tuple[str, str]:
+    """Which executor computes this, and in which precision it multiplies ("" is that of its operands).
+
+    Raises:
+        InputError: the executor that somebody chose cannot.
+    """
+    chosen = _chosen.get()
+    if chosen == "blocked" or (chosen is None and query.device.type != "cuda"):
+        return "blocked", ""
+    kernels = _triton()
+    if kernels is None or not kernels.supports(query, key, without, columns):
+        if chosen is not None:
+            lacks = "is not installed" if kernels is None else "cannot compute this relation, type or device"
+            raise InputError(f"the executor triton {lacks}: leave the choice open, or take blocked")
+        return "blocked", ""
+    half = torch.is_autocast_enabled(query.device.type)
+    return "triton", str(torch.get_autocast_dtype(query.device.type)).removeprefix("torch.") if half else ""
+
+
+def _narrow(x: Tensor | None, precision: str) -> Tensor | None:
+    return x if x is None or not precision else x.to(getattr(torch, precision))
+
+
+def _gpu() -> ModuleType:
+    found = _triton()
+    assert found is not None  # `_executor` has asked
+    return found
+
+
+@torch.library.custom_op("counterpoint::log_sum_exp", mutates_args=())
+def _log_sum_exp(
+    query: Tensor,
+    key: Tensor | None,
+    scale: Tensor,
+    log_weight: Tensor | None,
+    form: str,
+    relation: Sequence[Tensor],
+    columns: bool,
+    keep: bool,
+    executor: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    without = unpack(form, relation)
+    with torch.autocast(query.device.type, enabled=False):
+        if executor == "triton":
+            q, k = _narrow(query, precision), _narrow(key, precision)
+            found = *_gpu().forward(q, k, scale, log_weight, without, columns), None
+        else:
+            found = blocked.forward(query, key, scale, log_weight, without, columns, keep)
+    row, column, kept = (query.new_empty(0) if part is None else part for part in found)
+    return row, column, kept
+
+
+@_log_sum_exp.register_fake
+def _(query, key, scale, log_weight, form, relation, columns, keep, executor, precision):
+    column = query.new_empty(key.shape[0] if columns else 0)
+    size = torch.library.get_ctx().new_dynamic_size() if keep and executor == "blocked" else 0
+    return query.new_empty(query.shape[0]), column, query.new_empty(size)
+
+
+@torch.library.custom_op("counterpoint::log_sum_exp_backward", mutates_args=())
+def _log_sum_exp_backward(
+    query: Tensor,
+    key: Tensor | None,
+    scale: Tensor,
+    log_weight: Tensor | None,
+    form: str,
+    relation: Sequence[Tensor],
+    row: Tensor,
+    column: Tensor | None,
+    row_gradient: Tensor,
+    column_gradient: Tensor | None,
+    kept: Tensor,
+    want_key: bool,
+    executor: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rest = (scale, log_weight, unpack(form, relation), row, column, row_gradient, column_gradient)
+    with torch.autocast(query.device.type, enabled=False):
+        if executor == "triton":  # gradients in full precision: what attracts and what repels nearly cancel
+            q, k = _narrow(query, precision), _narrow(key, precision)
+            gradients = _gpu().backward(q, k, *rest, want_key=want_key, dtype=query.dtype)
+        else:
+            gradients = blocked.backward(query, key, *rest, kept=kept if len(kept) else None, want_key=want_key)
+    query_gradient, key_gradient, scale_gradient, weight_gradient = (
+        row.new_empty(0) if gradient is None else gradient for gradient in gradients
+    )
+    return query_gradient, key_gradient, scale_gradient, weight_gradient
+
+
+@_log_sum_exp_backward.register_fake
+def _(query, key, scale, log_weight, form, relation, row, column, row_gradient, column_gradient, kept, want_key, *_):
+    return (
+        torch.empty_like(query),
+        row.new_empty(0) if key is None or not want_key else torch.empty_like(key),
+        torch.empty_like(scale),
+        row.new_empty(0) if log_weight is None else torch.empty_like(log_weight),
+    )
+
+
+def _remember(ctx, inputs, output):
+    query, key, scale, log_weight, ctx.form, relation, ctx.columns, _, *ctx.how = inputs
+    ctx.count = len(relation)
+    ctx.save_for_backward(query, key, scale, log_weight, *output, *relation)
+
+
+def _gradients(ctx, row_gradient, column_gradient, _):
+    query, key, scale, log_weight, row, column, kept, *relation = ctx.saved_tensors
+    want_query, want_key, want_scale, want_weight = ctx.needs_input_grad[:4]
+    found = _log_sum_exp_backward(
+        query,
+        key,
+        scale,
+        log_weight,
+        ctx.form,
+        relation,
+        row,
+        column if ctx.columns else None,
+        row_gradient.contiguous(),
+        column_gradient.contiguous() if ctx.columns else None,
+        kept,
+        bool(want_key) and key is not None,
+        *ctx.how,
+    )
+    wanted = (want_query, want_key and key is not None, want_scale, want_weight and log_weight is not None)
+    kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+    return *kept, None, [None] * ctx.count, None, None, None, None
+
+
+_log_sum_exp.register_autograd(_gradients, setup_context=_remember)
+
+
+@torch.library.custom_op("counterpoint::softplus_sum", mutates_args=())
+def _softplus_sum(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, executor: str, precision: str) -> Tensor:
+    with torch.autocast(query.device.type, enabled=False):
+        if executor == "triton":
+            return _gpu().softplus_forward(_narrow(query, precision), _narrow(key, precision), scale, bias)
+        return blocked.softplus_forward(query, key, scale, bias)
+
+
+@_softplus_sum.register_fake
+def _(query, key, scale, bias, executor, precision):
+    return query.new_empty(query.shape[0])
+
+
+@torch.library.custom_op("counterpoint::softplus_sum_backward", mutates_args=())
+def _softplus_sum_backward(
+    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, gradient: Tensor, executor: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        if executor == "triton":
+            q, k = _narrow(query, precision), _narrow(key, precision)
+            return _gpu().softplus_backward(q, k, scale, bias, gradient, dtype=query.dtype)
+        return blocked.softplus_backward(query, key, scale, bias, gradient)
+
+
+@_softplus_sum_backward.register_fake
+def _(query, key, scale, bias, gradient, executor, precision):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(scale), torch.empty_like(bias)
+
+
+def _remember_softplus(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.how = inputs[4:]
+
+
+def _softplus_gradients(ctx, gradient):
+    return *_softplus_sum_backward(*ctx.saved_tensors, gradient.contiguous(), *ctx.how), None, None
+
+
+_softplus_sum.register_autograd(_softplus_gradients, setup_context=_remember_softplus)
+
+
+class _SoftmaxMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, scale, log_weight, without):
+        with torch.autocast(query.device.type, enabled=False):
+            row, mean = blocked.mean_forward(query, key, scale, log_weight, without)
+        ctx.save_for_backward(query, key, scale, log_weight, row, mean)
+        ctx.without = without
+        return row, mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, row_gradient, mean_gradient):
+        query, key, scale, log_weight, row, mean = ctx.saved_tensors
+        with torch.autocast(query.device.type, enabled=False):
+            found = blocked.mean_backward(
+                query, key, scale, log_weight, ctx.without, row, mean, row_gradient, mean_gradient
+            )
+        return *found, None

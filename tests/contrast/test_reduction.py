@@ -1,0 +1,181 @@
+"""The registered operators: the same numbers with and without kept terms, under compile and checkpointing; the weighted mean."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from counterpoint import contrast
+from counterpoint.contrast import Listed, Mask, Same
+from counterpoint.contrast.kernels import blocked, executor, log_sum_exp, softmax_mean
+from counterpoint.contrast.relation import Transposed, pack, unpack
+from counterpoint.errors import InputError
+
+
+def data(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def gradients(value: torch.Tensor, inputs) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(value, inputs, retain_graph=True)
+
+
+# Relations as words and tensors
+
+
+@pytest.mark.parametrize("name", ["none", "listed", "same", "mask", "not", "nested", "transposed"])
+def test_a_relation_survives_being_taken_apart(name):
+    listed, same = Listed(torch.tensor([[1, -1], [0, 2], [3, 3]])), Same(torch.arange(3) % 2, torch.arange(4) % 2)
+    mask = Mask(data(3, 4) > 0)
+    relation = {
+        "none": None,
+        "listed": listed,
+        "same": same,
+        "mask": mask,
+        "not": ~same,
+        "nested": (~(listed | same) & mask) | ~~listed,
+        "transposed": Transposed(Mask(data(4, 3) > 0)) & same,
+    }[name]
+    again = unpack(*pack(relation))
+    if relation is None:
+        assert again is None
+    else:
+        whole = slice(0, 3), slice(0, 4)
+        assert torch.equal(again.holds(*whole), relation.holds(*whole))
+
+
+# What a small batch keeps
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("shape", [(9, 9), (14, 9), (5, 21)])
+@pytest.mark.parametrize("itself", [False, True])
+def test_kept_terms_change_nothing(itself, shape, columns, monkeypatch):
+    monkeypatch.setitem(blocked.TILE, "cpu", (4, 6))
+    n, m = shape
+    query, key = data(n, 5).requires_grad_(), None if itself else data(m, 5, seed=1).requires_grad_()
+    temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    inputs = [x for x in (query, key, temperature) if x is not None]
+
+    def result():
+        without = Listed(torch.arange(n)) if itself else None
+        found = log_sum_exp(query, key, temperature=temperature, without=without, columns=columns)
+        weight = data(n + (0 if not columns else n if itself else m), seed=2)
+        return (torch.cat(found if columns else (found,)) * weight).sum()
+
+    kept = result()
+    twice = gradients(kept, inputs), gradients(kept, inputs)  # what is kept must survive the first backward pass
+    monkeypatch.setattr(blocked, "KEPT", 0)
+    fresh = result()
+    torch.testing.assert_close(kept, fresh)
+    for found in twice:
+        torch.testing.assert_close(found, gradients(fresh, inputs))
+
+
+def test_only_small_batches_keep_and_only_for_a_backward_pass():
+    query = data(8, 3)
+    scale = query.new_ones(())
+    for rows, keep, size in ((8, True, 64), (8, False, 0), (3000, True, 0)):
+        key = data(rows, 3) if rows == 8 else data(10**6, 3)
+        kept = blocked.forward(query, key, scale, None, None, False, keep)[2]
+        assert (0 if kept is None else len(kept)) == size
+
+
+# Operators
+
+
+def losses():
+    labels = torch.arange(6) // 2
+    return {
+        "nt_xent": lambda x, y, t: contrast.nt_xent(x, y, temperature=t),
+        "clip_loss": lambda x, y, t: contrast.clip_loss(x, y, temperature=t),
+        "sup_con": lambda x, y, t: contrast.sup_con(x, labels, temperature=t),
+        "sigmoid_loss": lambda x, y, t: contrast.sigmoid_loss(x, y, temperature=t),
+    }
+
+
+@pytest.mark.parametrize("name", losses())
+def test_one_compiled_graph_holds_the_whole_loss(name):
+    loss = losses()[name]
+    x, y, t = data(6, 4).requires_grad_(), data(6, 4, seed=1).requires_grad_(), torch.tensor(0.3, requires_grad=True)
+    compiled = torch.compile(lambda *z: loss(*z), backend="aot_eager", fullgraph=name != "sup_con")
+    torch.testing.assert_close(compiled(x, y, t), loss(x, y, t))
+    used = (x, t) if name == "sup_con" else (x, y, t)
+    torch.testing.assert_close(gradients(compiled(x, y, t), used), gradients(loss(x, y, t), used))
+
+
+def test_checkpointing_recomputes_the_loss():
+    x, y = data(6, 4).requires_grad_(), data(6, 4, seed=1).requires_grad_()
+    plain = contrast.nt_xent(x, y)
+    again = checkpoint(contrast.nt_xent, x, y, use_reentrant=False)
+    torch.testing.assert_close(gradients(plain, (x, y)), gradients(again, (x, y)))
+
+
+def test_the_operator_keeps_the_rules_of_operators():
+    query, key = data(5, 3).requires_grad_(), data(7, 3, seed=1).requires_grad_()
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for columns in (False, True):
+        arguments = (query, key, scale, None, "Listed", [torch.arange(5)[:, None]], columns, False, "blocked", "")
+        torch.library.opcheck(torch.ops.counterpoint.log_sum_exp.default, arguments)
+
+
+def test_an_unknown_executor_is_named():
+    with pytest.raises(InputError, match='no executor named "cuda"; there are blocked'), executor("cuda"):
+        pass
+
+
+# The weighted mean
+
+
+def dense(query, key, temperature, dropped=None, log_weight=None):
+    logits = query @ key.T / (temperature.reshape(-1, 1) if temperature.numel() > 1 else temperature)
+    logits = logits if log_weight is None else logits + log_weight
+    logits = logits if dropped is None else logits.masked_fill(dropped, -torch.inf)
+    share = logits.softmax(1)
+    return logits.logsumexp(1), (share * logits.masked_fill(logits == -torch.inf, 0)).sum(1)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 0.01])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mean_under_the_softmax_is_exact(temperature, per_row, weighted, tiles, compare):
+    n, m = 9, 13
+    relation = Listed(torch.arange(n)) | Same(torch.arange(n) % 3, torch.arange(m) % 5)
+    dropped = relation.holds(slice(0, n), slice(0, m))
+    inputs = {"query": data(n, 5) / 3, "key": data(m, 5, seed=1) / 3}
+    inputs["temperature"] = temperature * (1 + torch.arange(n) / n if per_row else torch.tensor(1.0))
+    if weighted:
+        inputs["log_weight"] = data(m, seed=3)
+
+    def ours(query, key, temperature, log_weight=None):
+        found = softmax_mean(query, key, temperature=temperature, without=relation, log_weight=log_weight)
+        return torch.cat(found)
+
+    def plain(query, key, temperature, log_weight=None):
+        return torch.cat(dense(query, key, temperature, dropped, log_weight))
+
+    result = compare(ours, plain, inputs, torch.float64)
+    result.close(torch.float64, temperature, terms=8)  # a logit times a softmax term that carries its error
+
+
+def test_the_mean_of_an_empty_row_is_zero_and_teaches_nothing():
+    query, key = data(3, 4).requires_grad_(), data(5, 4, seed=1).requires_grad_()
+    empty = torch.zeros(3, 5, dtype=torch.bool)
+    empty[1] = True
+    row, mean = softmax_mean(query, key, without=Mask(empty))
+    assert row[1] == -torch.inf and mean[1] == 0
+    found = torch.autograd.grad((row.masked_fill(row == -torch.inf, 0) + mean).sum(), (query, key))
+    assert all(bool(gradient.isfinite().all()) for gradient in found) and bool((found[0][1] == 0).all())
+
+
+def test_row_minus_mean_is_the_entropy():
+    row, mean = softmax_mean(torch.zeros(2, 3), data(8, 3, dtype=torch.float32))
+    torch.testing.assert_close(row - mean, torch.full((2,), 8.0).log())
+
+
+def test_a_chosen_executor_that_cannot_says_so():
+    x = data(4, 3).requires_grad_()
+    with executor("blocked"):
+        expected = log_sum_exp(x)
+    assert torch.equal(expected, log_sum_exp(x))
+    with pytest.raises(InputError, match="the executor triton"), executor("triton"):
+        log_sum_exp(x)  # float64 on a CPU
