@@ -19,6 +19,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch import Tensor, distributed
 
 from counterpoint import contrast
 from counterpoint.atomic import writing
-from counterpoint.contrast.distributed import gather, gather_plain
+from counterpoint.contrast.distributed import exchange, gather, gather_plain
 
 OUT = Path(__file__).parent.parent / "results" / "benchmarks" / "distributed_gradient.json"
 SIZES = ([5, 3], [4, 1, 3, 2])
@@ -47,6 +48,16 @@ class Shard(NamedTuple):
     row_temperature: Tensor
     temperature: Tensor
     bias: Tensor
+
+
+def by_ring(loss: Callable[..., Tensor]) -> Callable[[Shard], Tensor]:
+    """The loss while key blocks travel from process to process."""
+
+    def travelling(s: Shard) -> Tensor:
+        with exchange("ring"):
+            return loss(s.z1, s.z2, temperature=s.temperature)
+
+    return travelling
 
 
 def gather_alone(s: Shard) -> Tensor:
@@ -115,6 +126,20 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
         s.z1, s.z2, temperature=s.temperature, label_smoothing=0.2
     ),
     "sigmoid_loss": lambda s: contrast.sigmoid_loss(s.z1, s.z2, temperature=s.temperature, bias=s.bias),
+    "clip_loss, equal captions ignored": lambda s: contrast.clip_loss(
+        s.z1, s.z2, temperature=s.temperature, ignore=contrast.Same(s.labels, s.labels)
+    ),
+    **{
+        f"{name}, by ring": by_ring(loss)
+        for name, loss in {
+            "nt_xent": contrast.nt_xent,
+            "dcl": contrast.dcl,
+            "dcl, one way": partial(contrast.dcl, one_way=True),
+            "dclw": contrast.dclw,
+            "info_nce": contrast.info_nce,
+            "clip_loss": contrast.clip_loss,
+        }.items()
+    },
     "gather alone": gather_alone,
     "control: own negatives only": local_negatives,
     "control: gradient of others dropped": gradient_dropped,

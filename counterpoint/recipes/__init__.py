@@ -93,8 +93,10 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
     return {key: as_data(_named_views(key, value)) for key, value in options.items()}
 
 
-def size_for(data: str, most: int) -> int:
+def size_for(data: str, most: int | None) -> int | None:
     """Side of the views for data whose images are smaller than the method's default (larger ones stay at the default)."""
+    if most is None:  # the method decides: an open_clip model has a size of its own
+        return None
     import logging
 
     from counterpoint.data import Images, load

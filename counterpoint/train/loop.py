@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from counterpoint.contrast import distributed
 from counterpoint.data import NAMES
 from counterpoint.errors import InputError, nearest
 from counterpoint.train.batches import Batches
@@ -46,6 +47,7 @@ def fit(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     device: Literal["auto", "cpu", "gpu"] = "auto",
     devices: int = 1,
+    exchange: Literal["gather", "ring"] = "gather",
     compile: bool = False,
     workers: int = 2,
     limit: int | None = None,
@@ -82,6 +84,8 @@ def fit(
         precision: number format of the forward and backward pass.
         device: where to train; auto takes a GPU when there is one.
         devices: how many of them (data parallel, negatives from all).
+        exchange: how rows of several devices meet: each gathers all keys, or key blocks travel from one to the next and
+            nobody holds more than a few; see `counterpoint.contrast.distributed.exchange`.
         compile: compile encoder and heads with torch.compile.
         workers: decoding processes for image folders that do not fit in memory.
         limit: train on a random subset of this many items.
@@ -226,7 +230,7 @@ def _train(result: Run, method: Method, items: Any, score: Any, options: dict[st
             part.compile()
     method.train()
     try:
-        with in_chunks(method, options["chunk"]):
+        with in_chunks(method, options["chunk"]), distributed.exchange(options["exchange"]):
             trainer.fit(method, batches, ckpt_path=str(result.checkpoint) if resume else None)
     except SystemExit:  # what Lightning makes of a second Ctrl-C
         raise KeyboardInterrupt from None

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from counterpoint import cli, contrast
 from counterpoint.data import Images, captions
 from counterpoint.errors import InputError
-from counterpoint.methods.image_text import clip
 from counterpoint.methods.image_text.clip import CLIP, MOST_SCALE, drawn
 from counterpoint.train import Method, fit, resume
 from counterpoint.train.batches import Batches
@@ -303,12 +302,6 @@ def test_pairs_that_are_decoded_when_asked_for_train_alike(table):
     assert spied(method, two)[0].item() == pytest.approx(spied(method, one)[0].item(), rel=1e-5)
     assert np.array_equal(method.encode(streamed), method.encode(kept))
     assert len(method.read(streamed, limit=9)) == 9
-
-
-def test_masking_over_several_devices_is_refused(monkeypatch):
-    monkeypatch.setattr(clip, "world_size", lambda: 2)
-    with pytest.raises(InputError, match="sees the captions of one device only"):
-        spied(build(duplicates="masked"), batch_of(build()))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from counterpoint import contrast
-from counterpoint.contrast.distributed import world_size
 from counterpoint.data import NAMES, ImageFiles, Images, captions, load, texts
 from counterpoint.data.images import chosen
 from counterpoint.encoders.image_text import towers
@@ -130,7 +129,7 @@ class CLIP(Method):
         ids, mask, caption = drawn(batch)
         text = self.encoder.text(ids, mask)
         self.watch(image, text)
-        options = {} if self.duplicates == "negatives" else {"ignore": self._equal(caption)}
+        options = {} if self.duplicates == "negatives" else {"ignore": contrast.Same(caption, caption)}
         return self.objective(image, text, temperature=self.temperature, **options)
 
     def after_step(self) -> None:
@@ -172,13 +171,6 @@ class CLIP(Method):
         finally:
             self.train(training)
         return torch.cat(found)[batches.order().argsort()].numpy()
-
-    def _equal(self, caption: Tensor) -> contrast.Relation:
-        if world_size() > 1:
-            raise InputError(
-                'duplicates="masked" sees the captions of one device only: train on one, or say "negatives"'
-            )
-        return contrast.Same(caption, caption)
 
     def _check_pairs(self, data: Any) -> None:
         """Name what is missing from data that we know to hold images or texts alone."""
