@@ -216,8 +216,8 @@ def embed(argv: list[str]) -> int:
 
     method = Run.open(options.run).model()
     part = {"split": options.split} if options.split else {}
-    if method.family == "images":
-        items = method.read(options.data, **part)
+    if method.family in ("images", "pairs"):
+        items = getattr(method, "images", method.read)(options.data, **part)
         arrays = {"vector": method.encode(items)}
         if items.label is not None:
             arrays |= {"label": items.label.numpy(), "classes": np.array(items.classes)}
@@ -225,6 +225,10 @@ def embed(argv: list[str]) -> int:
             arrays["path"] = np.array(items.paths)
     else:
         arrays = {"vector": method.encode(options.data, **part)}
+    if method.family == "sentences":
+        from counterpoint.data import texts
+
+        arrays["sentence"] = np.array(texts.load(options.data, **part, whole=True).columns["anchor"])
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     save_arrays(options.out, arrays)
     count, width = arrays["vector"].shape

@@ -6,6 +6,7 @@ MkDocs calls the `on_*` functions. Nothing here needs the network, and pages loa
 - A line ``<!-- methods -->`` becomes the table of methods.
 - ``$...$`` and ``$$...$$`` become MathML.
 - A line ``<!-- comparisons -->`` becomes a table for every record in ``results/comparisons/``.
+- A line ``<!-- study SLUG: METRIC, METRIC -->`` becomes a table of these means, one row an arm of that study's record.
 - ``methods/`` gets an index and one page for every method that is ready.
 """
 
@@ -14,6 +15,7 @@ import html
 import inspect
 import re
 from importlib import import_module
+from statistics import stdev
 from typing import Any
 
 import yaml
@@ -53,6 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill in reference sections and tables, then set formulas aside, where Markdown cannot touch them."""
     markdown = re.sub(r"^<!-- methods -->$", lambda _: _methods_table("methods/"), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- comparisons -->$", lambda _: _comparisons(), markdown, flags=re.M)
+    markdown = re.sub(r"^<!-- study (\S+): (.+) -->$", lambda found: _arms(found[1], found[2]), markdown, flags=re.M)
     markdown = re.sub(r"^::: ([\w.]+)$", lambda found: _reference(found[1]), markdown, flags=re.M)
     formulas: list[str] = []
     page.meta["formulas"] = formulas
@@ -279,10 +282,11 @@ def _study(study: dict[str, Any]) -> list[str]:
         said.append(str(study["reason"]))
     arms, metric = study.get("arms"), study.get("metric", "value")
     if arms:
-        rows = [f"| arm | {metric}, mean | by seed |", "|---|---|---|"]
+        rows = [f"| arm | {metric}, mean | deviation | by seed |", "|---|---|---|---|"]
         for name, arm in arms.items():
             values = ", ".join(f"{value:.2f}" for value in arm["values"])
-            rows.append(f"| {name} | {arm['mean']:.2f} | {values} |")
+            spread = f"{stdev(arm['values']):.2f}" if len(arm["values"]) > 1 else ""
+            rows.append(f"| {name} | {arm['mean']:.2f} | {spread} | {values} |")
         said.append("\n".join(rows))
     if study.get("expectations"):
         rows = ["| expected | margin | 95 % interval | holds |", "|---|---|---|---|"]
@@ -297,6 +301,19 @@ def _study(study: dict[str, Any]) -> list[str]:
         said.append(f"Effect{of}: {study['effect']:+.2f}, 95 % interval {_interval(study['ci'])}.")
     said.append(f"Record: `results/{study['record'].removeprefix('results/')}`.")
     return said
+
+
+def _arms(slug: str, metrics: str) -> str:
+    """Arms of a recorded study by metrics of their results; nothing where no record is."""
+    record = results.study(slug)
+    if record is None:
+        return f"*The study {slug} has no record yet.*"
+    names = [name.strip() for name in metrics.split(",")]
+    rows = ["| arm | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for arm, found in record["arms"].items():
+        cells = [f"{found['detail'][name]:.2f}" if name in found.get("detail", {}) else "" for name in names]
+        rows.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def _interval(ci: Any) -> str:

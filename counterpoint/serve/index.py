@@ -431,7 +431,6 @@ def of_run(run: Any, data: Any = None, split: str | None = None) -> tuple[np.nda
     import torch
 
     from counterpoint.data import folder, texts
-    from counterpoint.methods.image_text.clip import images_of
     from counterpoint.train import Run
 
     run = run if isinstance(run, Run) else Run.open(run)
@@ -451,7 +450,7 @@ def of_run(run: Any, data: Any = None, split: str | None = None) -> tuple[np.nda
     if method.family == "sentences":
         sentences = texts.load(data, part).sentences()
         return method.encode(sentences), sentences, about
-    items = method.read(data, part) if method.family == "images" else images_of(data, part, method.stored_size)
+    items = getattr(method, "images", method.read)(data, part)
     vectors = method.encode(items)
     if not items.paths:
         return vectors, None, about

@@ -26,7 +26,8 @@ def run_arm(
     """Train and evaluate one arm in ``folder``; goes on with a run that was stopped, reads one that is complete.
 
     Returns:
-        ``{"results": {protocol: {subject: value}}, "minutes": .., "memory_mb": .., "coupling": .., "seed": ..}``
+        ``{"results": {protocol: {subject: value}}, "minutes": .., "memory_mb": .., "coupling": .., "seed": ..}``, and
+        with ``"detail"`` in the place of ``"results"`` the further numbers of each result by their names
     """
     if experiment.fit.get("devices", 1) > 1:
         raise InputError("the runs of a study or comparison train on one device each; leave --devices out")
@@ -46,7 +47,7 @@ def run_arm(
             run = Run.open(folder)
             arm["results"] |= _measured(run, protocols, trained_only)
             run.write("arm.json", arm)
-        return arm
+        return {**arm, "detail": _details(folder)}
     start = time.perf_counter()
     forget_peak_memory()
     if (folder / "checkpoints" / "last.safetensors").is_file():
@@ -71,7 +72,15 @@ def run_arm(
         "coupling": mean_of(run, "coupling"),
     }
     run.write("arm.json", arm)
-    return arm
+    return {**arm, "detail": _details(folder)}
+
+
+def _details(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for result in json.loads((folder / "evaluation.json").read_text()):
+        numbers = {name: value for name, value in result["detail"].items() if isinstance(value, int | float)}
+        found.setdefault(result["protocol"], {})[result["subject"]] = numbers
+    return found
 
 
 def _measured(run: Run, protocols: list[str] | None, trained_only: bool) -> dict[str, dict[str, float]]:

@@ -138,6 +138,7 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
             name: {
                 "values": scores[name],
                 "mean": interval(scores[name])[0],
+                "detail": _means([arm.get("detail", {}).get(study.metric, {}).get(study.subject, {}) for arm in arms]),
                 **({"last": [subjects["trained"] for subjects in measured[name]]} if study.subject == BEST else {}),
                 "config": {key: value for key, value in arms[0]["config"].items() if key != "seed"},
                 "minutes": [arm["minutes"] for arm in arms],
@@ -148,6 +149,11 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
         "reference": {subject: value for subject, value in first.items() if subject not in ("trained", BEST)},
         "environment": environment,
     }
+
+
+def _means(details: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over seeds of the numbers that a result has besides its value."""
+    return {name: interval([detail[name] for detail in details])[0] for name in details[0]}
 
 
 def value_of(text: str, cell: dict[str, float]) -> float:

@@ -88,8 +88,9 @@ class Method(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.terms = loss if isinstance(loss, dict) else {self.__class__.__name__.lower() + " loss": loss}
-        return torch.stack(list(self.terms.values())).sum() if isinstance(loss, dict) else loss
+        terms = loss if isinstance(loss, dict) else {self.__class__.__name__.lower() + " loss": loss}
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return torch.stack(list(terms.values())).sum() if isinstance(loss, dict) else loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -127,6 +128,9 @@ class Method(lightning.LightningModule):
             data: whatever `read` takes.
             split: which part of a data set that has several.
             batch_size: items per forward pass.
+
+        Raises:
+            InputError: items of a list that cannot be read: the rows would no longer be those of the list.
         """
         batches = Batches(self.read(data, split), batch_size, shuffle=False).to(self.device)
         training = self.training
@@ -135,6 +139,8 @@ class Method(lightning.LightningModule):
             found = torch.cat([self.embed(self.to_device(batch)).float().cpu() for batch in batches])
         finally:
             self.train(training)
+        if isinstance(data, list | tuple) and len(found) != len(data):
+            raise InputError(f"{len(data) - len(found):,} of {len(data):,} items cannot be read: leave them out")
         return found[batches.order().argsort()].numpy()
 
     @property

@@ -246,8 +246,9 @@ def test_an_arm_gets_the_protocol_that_it_lacks_without_training_again(tmp_path,
     first = run_arm(arm, 0, tmp_path / "arm", protocols=["knn-200-0.1"])
     again = run_arm(arm, 0, tmp_path / "arm", protocols=["linear-offline"])
     assert again["results"].keys() == {"knn-200-0.1", "linear-offline"} and len(counted) == 1
-    assert again == json.loads((tmp_path / "arm" / "arm.json").read_text())
-    assert {**first, "results": None} == {**again, "results": None}
+    written = json.loads((tmp_path / "arm" / "arm.json").read_text())
+    assert {**again, "detail": None} == {**written, "detail": None} and "linear-offline" in again["detail"]
+    assert {**first, "results": None, "detail": None} == {**again, "results": None, "detail": None}
 
 
 @pytest.mark.parametrize(
@@ -435,3 +436,13 @@ def test_every_study_of_the_package_is_whole_and_fair(slug):
 def settings(arm) -> dict:
     options = {**fit_options(), **model_options(methods.get(arm.method)), **arm.model, **arm.fit, "data": arm.data}
     return plain(options)
+
+
+def test_the_record_keeps_the_other_numbers_of_a_result():
+    """Means over seeds of what a result holds besides its value, for the subject that is judged."""
+    arms = cells(baseline=[1.0, 2.0], method=[3.0, 5.0])
+    for column, value in enumerate((10.0, 30.0)):
+        for arm in arms.values():
+            arm[column]["detail"] = {"knn-200-0.1": {"trained": {"top-5": value}, "untrained": {"top-5": 0.0}}}
+    record = judge(study(expect=["method > baseline"], effect="method - baseline", over={}), "cpu", [0, 1], arms)
+    assert record["arms"]["method"]["detail"] == {"top-5": 20.0}

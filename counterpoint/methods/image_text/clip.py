@@ -147,8 +147,18 @@ class CLIP(Method):
         if isinstance(data, captions.Pairs):
             data = data.images
         elif not isinstance(data, Images | ImageFiles | captions.PairItems | captions.PairFiles):
-            data = images_of(data, split, self.stored_size)
+            data = self.images(data, split)
         return super().encode(data, batch_size=batch_size)
+
+    def images(self, data: Any, split: str = "train") -> Images | ImageFiles:
+        """The images of any data that has some: what `counterpoint.data.load` takes, or pairs."""
+        try:
+            return load(data, split, size=self.stored_size)
+        except (InputError, TypeError) as first:
+            try:
+                return captions.load(data, split, size=self.stored_size).images
+            except InputError:
+                raise first from None
 
     @torch.no_grad()
     def encode_text(self, sentences: str | Sequence[str], *, batch_size: int = 256) -> np.ndarray:
@@ -206,14 +216,3 @@ def drawn(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     at = torch.rand(caption.shape, device=caption.device).masked_fill(caption < 0, -1).argmax(1)
     row = torch.arange(len(at), device=at.device)
     return batch["input_ids"][row, at], batch["attention_mask"][row, at], caption[row, at]
-
-
-def images_of(data: Any, split: str, size: int | None) -> Images | ImageFiles:
-    """Images of any data that has some: `counterpoint.data.load`, or the images of what `captions.load` reads."""
-    try:
-        return load(data, split, size=size)
-    except (InputError, TypeError) as first:
-        try:
-            return captions.load(data, split, size=size).images
-        except InputError:
-            raise first from None
