@@ -11,6 +11,10 @@ class InputError(CounterpointError, ValueError):
     """Something handed in (data, an option, a tensor, a file) cannot be used."""
 
 
+class NotFinite(InputError):
+    """A tensor holds NaN or infinite values."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``'; did you mean X?'`` for the known name closest to `name`, or an empty string when none is close."""
     from difflib import get_close_matches

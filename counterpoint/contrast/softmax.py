@@ -17,7 +17,7 @@ from torch import Tensor
 from counterpoint.contrast.distributed import Gathered, Placed, by_ring, gather, gather_plain, place, world_size
 from counterpoint.contrast.kernels import log_sum_exp, ring
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same, Transposed
-from counterpoint.errors import InputError
+from counterpoint.errors import InputError, NotFinite
 
 Temperature = float | Tensor
 
@@ -300,6 +300,8 @@ def clip_loss(
     Raises:
         InputError: wrong shape or type.
     """
+    _check_matrix(image, "image")
+    _check_matrix(text, "text")
     return info_nce(
         image,
         text,
@@ -491,6 +493,11 @@ def _check_matrix(x: Tensor, name: str) -> None:
         raise InputError(f"{name} must be a floating-point tensor [rows, dimensions], not {what}")
     if 0 in x.shape:
         raise InputError(f"{name} is empty: {list(x.shape)}")
+    # only where nobody has to wait for the answer: a GPU would, and the other processes if this one stopped
+    if x.device.type == "cpu" and world_size() == 1 and not torch.compiler.is_compiling():
+        bad = ~x.detach().isfinite().all(1)
+        if bool(bad.any()):
+            raise NotFinite(f"{name} holds NaN or infinite values in {int(bad.sum()):,} of its {len(x):,} rows")
 
 
 def _check_pair(query: Tensor, key: Tensor, temperature: Temperature) -> None:

@@ -33,6 +33,7 @@ class Study:
     over: dict[str, list[Any]]
     source: str = ""
     diagnose: str | None = None
+    note: str = ""  # what a reader of the verdict must know, written after the first record
     subject: str = "trained"  # or "best on validation", where the recipes look at one
     runs: str | None = None  # the study whose runs this one measures in another way
 
@@ -134,6 +135,7 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
         "ci": ci,
         "expectations": expectations,
         "verdict": "reproduced" if all(item["holds"] for item in expectations) else "not_reproduced",
+        **({"reason": study.note} if study.note else {}),
         "arms": {
             name: {
                 "values": scores[name],

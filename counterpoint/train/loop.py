@@ -14,12 +14,12 @@ import torch
 
 from counterpoint.contrast import distributed
 from counterpoint.data import NAMES
-from counterpoint.errors import InputError, nearest
+from counterpoint.errors import InputError, NotFinite, nearest
 from counterpoint.train.batches import Batches
 from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, Selection, StepSeed
 from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
 from counterpoint.train.chunks import in_chunks
-from counterpoint.train.method import Method, checked
+from counterpoint.train.method import Diverged, Method, checked
 from counterpoint.train.optimise import Optimisation
 from counterpoint.train.run import Run, describe, environment, make_folder, next_folder
 
@@ -232,6 +232,8 @@ def _train(result: Run, method: Method, items: Any, score: Any, options: dict[st
     try:
         with in_chunks(method, options["chunk"]), distributed.exchange(options["exchange"]):
             trainer.fit(method, batches, ckpt_path=str(result.checkpoint) if resume else None)
+    except NotFinite as error:  # embeddings, before there was a loss to look at
+        raise Diverged(guard.advice(str(error), trainer.global_step + 1, trainer)) from error
     except SystemExit:  # what Lightning makes of a second Ctrl-C
         raise KeyboardInterrupt from None
     if trainer.world_size > 1:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import counterpoint
 from counterpoint.contrast import Listed, Mask, Relation, Same, nt_xent, unit
 from counterpoint.contrast.distributed import gather
-from counterpoint.contrast.kernels import blocked, log_sum_exp, ring
+from counterpoint.contrast.kernels import blocked, executor, log_sum_exp, ring
 from counterpoint.contrast.relation import Transposed
 from counterpoint.errors import InputError
 
@@ -82,6 +83,9 @@ CASES = {
     "own keys, float32": Case(own_keys=True, relation="self", dtype=torch.float32),
     "own keys, bfloat16": Case(own_keys=True, relation="self", dtype=torch.bfloat16),
 }
+
+
+ON_GPU = ("both, float32", "both, bfloat16", "own keys, float32", "own keys, bfloat16")
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -366,6 +370,9 @@ def work(rank: int, folder: str) -> None:
         found["step"] = max(everywhere(averaged_step(sizes[0], rank), ranks))
         found["lonely"] = all(everywhere(nothing_counts(sizes[0], rank), ranks))
         found["autocast"] = all(everywhere(autocast_changes_nothing(rank), ranks))
+        if ranks in (2, 3) and find_spec("triton"):  # its interpreter stands in for the GPU
+            with executor("triton"):
+                found["triton"] = {name: compare(CASES[name], sizes, rank) for name in ON_GPU}
         if ranks == 2:
             names = ("own keys", "own keys, columns", "both")
             found["uneven"] = [
@@ -392,7 +399,11 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ring")
-    environment = os.environ | {"PYTHONPATH": str(Path(counterpoint.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(counterpoint.__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }
     command = [sys.executable, str(Path(__file__)), str(folder)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-4000:]
@@ -414,6 +425,15 @@ def test_the_ranks_together_equal_the_definition(name, ranks, record):
         rounded = case.dtype == torch.bfloat16 and what in ("query", "key")  # the gradient itself is rounded
         bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2 if rounded else 1e-5}[case.dtype]
         assert off < bound, f"{what} is off by {off:.1e}"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("ranks", ["2", "3"])
+@pytest.mark.parametrize("name", ON_GPU)
+def test_visits_by_the_kernels_of_a_gpu(name, ranks, record):
+    """Bfloat16 rounds weights and gradients (2^-8); the log-sum-exp and everything in float32 keep full precision."""
+    for what, off in record[ranks]["triton"][name].items():
+        assert off < (1e-2 if "bfloat16" in name and what != "value" else 1e-5), f"{what} is off by {off:.1e}"
 
 
 @every_size

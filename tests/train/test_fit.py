@@ -518,3 +518,14 @@ def test_the_clock_goes_on_after_a_resume(tmp_path):
 def test_every_option_of_fit_is_written_down(images, tmp_path):
     run = train(simclr(), images, tmp_path / "run")
     assert set(run.config["fit"]) == set(loop._options())
+
+
+def test_embeddings_that_are_no_numbers_end_the_training_with_advice(images, tmp_path):
+    class Breaks(Plain):
+        def loss(self, batch):
+            x = batch["image"].float() / 255
+            factor = float("nan") if self.global_step == 2 else 1.0
+            return contrast.nt_xent(factor * self.encoder(x), self.encoder(x.flip(-1)), temperature=0.5)
+
+    with pytest.raises(Diverged, match=r"z1 holds NaN .* at step 3 .* lower lr"):
+        train(Breaks(), images, tmp_path / "run", epochs=2, checkpoint_seconds=0)

@@ -9,7 +9,7 @@ With P ranks a full turn shows every block to every rank. When the keys are the 
 rank r finds out about the block of rank s are the row sums that s would have found itself. If P is even, two ranks meet
 each other's block in the last step of the half turn; each of them then does one half of that rectangle.
 
-The visits call the blocked executor, so the arithmetic of a tile is the same everywhere.
+A visit is computed by the executor that `reduction` would take, so the arithmetic of a tile is the same everywhere.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from counterpoint.contrast.distributed import rank, world_size
-from counterpoint.contrast.kernels import blocked
+from counterpoint.contrast.kernels import blocked, reduction
 from counterpoint.contrast.relation import Both, Either, Listed, Mask, Not, Relation, Same, Transposed
 from counterpoint.errors import InputError
 
@@ -161,13 +161,13 @@ class _RingLogSumExp(torch.autograd.Function):
         row = scale.new_full((len(query),), -torch.inf)
 
         def visit(step: int, block: list[Tensor]) -> list[Tensor]:
-            here = _visit(query, block, log_weight is not None, without, step, ring, scale.dtype)
+            here = _visit(query, block, log_weight is not None, without, step, ring)
             if ring.half and step == 0:
-                return [blocked.forward(here.query, None, scale, None, here.without, False)[0]]
+                return [_forward(here.query, None, scale, None, here.without, False)[0]]
             column = row.new_full((len(block[0]),), -torch.inf)
             if len(here.query) and len(here.key):
                 downwards = columns or ring.half
-                along, down, _ = blocked.forward(here.query, here.key, scale, here.log_weight, here.without, downwards)
+                along, down = _forward(here.query, here.key, scale, here.log_weight, here.without, downwards)
                 row[here.rows] = torch.logaddexp(row[here.rows], along)
                 if down is not None:
                     column[here.columns] = down
@@ -197,13 +197,13 @@ class _RingLogSumExp(torch.autograd.Function):
             block += [column, column_gradient.contiguous()]
 
         def visit(step: int, block: list[Tensor]) -> list[Tensor]:
-            here = _visit(query, block, log_weight is not None, ctx.without, step, ring, scale.dtype)
+            here = _visit(query, block, log_weight is not None, ctx.without, step, ring)
             triangle = ring.half and step == 0
             both = (ring.half or columns) and not triangle
             key_gradient = torch.zeros_like(block[0], dtype=row.dtype) if want_key else None
             weight_gradient = None
             if len(here.query) and len(here.key):
-                along, down, by_scale, weight_gradient = blocked.backward(
+                along, down, by_scale, weight_gradient = _backward(
                     here.query,
                     None if triangle else here.key,
                     scale,
@@ -283,7 +283,6 @@ def _visit(
     without: Relation | None,
     step: int,
     ring: _Ring,
-    dtype: torch.dtype,
 ) -> _Visit:
     rows, columns = ring.share(step, len(query), len(block[0]))
     left = sum(ring.sizes[: ring.owner(step)])
@@ -291,8 +290,8 @@ def _visit(
     return _Visit(
         rows,
         columns,
-        query[rows].to(dtype),
-        block[0][columns].to(dtype),
+        query[rows],
+        block[0][columns],
         block[1][columns] if weighted else None,
         None if without is None else _window(without, rows, there),
     )
@@ -302,6 +301,25 @@ def _block(query: Tensor, key: Tensor | None, log_weight: Tensor | None) -> list
     """What this rank sends round, in the precision in which it was given."""
     block = [(query if key is None else key).contiguous()]
     return block if log_weight is None else [*block, log_weight.contiguous()]
+
+
+def _forward(query, key, scale, log_weight, without, columns) -> tuple[Tensor, Tensor | None]:
+    """Row and column log-sum-exp of one rectangle (without a key: of the triangle), by the executor that fits it."""
+    if reduction._executor(query, key, without, columns)[0] == "triton":
+        return reduction._gpu().forward(query, key, scale, log_weight, without, columns)
+    query, key = query.to(scale.dtype), None if key is None else key.to(scale.dtype)
+    return blocked.forward(query, key, scale, log_weight, without, columns)[:2]
+
+
+def _backward(
+    query, key, scale, log_weight, without, row, column, row_gradient, column_gradient, *, want_key
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """What that rectangle adds to the gradients of query, key, scale and log_weight; `row` and `column` are whole."""
+    rest = (scale, log_weight, without, row, column, row_gradient, column_gradient)
+    if reduction._executor(query, key, without, column is not None)[0] == "triton":
+        return reduction._gpu().backward(query, key, *rest, want_key=want_key, dtype=scale.dtype)
+    query, key = query.to(scale.dtype), None if key is None else key.to(scale.dtype)
+    return blocked.backward(query, key, *rest, want_key=want_key)
 
 
 def _window(relation: Relation, rows: slice, columns: slice) -> Relation:
