@@ -349,7 +349,7 @@ def _both_ways(query, key, temperature, ignore, decoupled, label_smoothing, norm
     if len(query) != len(key):
         raise InputError(f"row i is paired with row i, but there are {len(query)} and {len(key)} rows")
     query, key = (unit(query), unit(key)) if normalize else (_wide(query), _wide(key))
-    per_row = isinstance(temperature, Tensor) and temperature.numel() > 1
+    per_row = isinstance(temperature, Tensor) and temperature.ndim > 0
     if by_ring() and ignore is None and not (per_row or label_smoothing or decoupled):
         row, column = ring.log_sum_exp(query, key, temperature=temperature, columns=True)
         return reduce((row + column) / 2 - _divide((query * key).sum(1), temperature), reduction)

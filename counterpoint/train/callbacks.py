@@ -20,6 +20,7 @@ from counterpoint.train.checkpoint import save_state
 from counterpoint.train.method import Diverged
 
 BINS = 50
+ANSWER = 0.5  # seconds within which several processes notice Ctrl-C together, steps permitting
 
 
 class StepSeed(lightning.Callback):
@@ -47,7 +48,8 @@ class Position(lightning.Callback):
 
 
 class FiniteLoss(lightning.Callback):
-    """Stops at the first loss term that is not finite and names step and term; on a GPU it looks every few steps.
+    """Stops at the first loss term that is not finite and names step and term; on GPUs and under several processes it
+    looks every few steps.
 
     Steps count optimiser steps from 1, as in metrics.jsonl.
     """
@@ -58,7 +60,8 @@ class FiniteLoss(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, method: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append((step_of(trainer, batch_idx), {name: t.detach() for name, t in method.terms.items()}))
-        if method.device.type == "cpu" or len(self.seen) >= self.every or trainer.is_last_batch:
+        alone = method.device.type == "cpu" and trainer.world_size == 1  # a look costs neither a wait nor a message
+        if alone or len(self.seen) >= self.every or trainer.is_last_batch:
             self.check(trainer)
 
     def check(self, trainer: Any) -> None:
@@ -89,7 +92,7 @@ class FiniteLoss(lightning.Callback):
         """
         weights = {name: value for name, value in method.state_dict().items() if value.is_floating_point()}
         finite = torch.stack([value.isfinite().all() for value in weights.values()])
-        if agreed(trainer, not bool(finite.all()))[0]:
+        if largest(trainer, not bool(finite.all()))[0]:
             name = next((name for name, fine in zip(weights, finite.tolist(), strict=True) if not fine), "another rank")
             raise Diverged(self.advice(f"the weights {name} are not finite", trainer.global_step, trainer))
 
@@ -221,15 +224,24 @@ class Selection(lightning.Callback):
 
 
 class Checkpointer(lightning.Callback):
-    """Keeps ``checkpoints/last.safetensors``: at the end of an epoch at most every `seconds`, at the end, and on Ctrl-C."""
+    """Keeps ``checkpoints/last.safetensors``: at the end of an epoch at most every `seconds`, at the end, and on Ctrl-C.
+
+    Several processes must stop and save after the same step. To agree costs a message and a wait for the device, so they
+    agree about every half second and at the end of an epoch: each time they share how fast steps went, and with it
+    the step at which to ask again. The step after which they stop is in any case a whole one, and the checkpoint is of it.
+    """
 
     def __init__(self, run: Path, guard: FiniteLoss, seconds: float = 30.0):
         self.path, self.guard, self.seconds = run / "checkpoints" / "last.safetensors", guard, seconds
         self.saved = time.perf_counter()
         self.stopped = False
         self.before: Any = None
+        self.asked, self.asked_at, self.ask = 0, 0.0, 0  # last step at which all ranks agreed, its time, the next one
 
     def on_train_start(self, trainer: Any, method: Any) -> None:
+        self.asked = self.ask = trainer.global_step
+        self.asked_at = time.perf_counter()
+
         def stop(number: int, frame: Any) -> None:
             self.stopped = True
             signal.signal(number, signal.default_int_handler)  # a second Ctrl-C does not wait
@@ -242,9 +254,16 @@ class Checkpointer(lightning.Callback):
             return
         last = batch_idx + 1 == trainer.num_training_batches
         final = last and (trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop)
-        waited = time.perf_counter() - self.saved
+        if trainer.world_size > 1 and not last and trainer.global_step < self.ask:  # the same on all ranks
+            return
+        now = time.perf_counter()
+        waited = now - self.saved
         due = final or (last and waited >= self.seconds) or waited >= 20 * max(self.seconds, 1)
-        self.stopped, due = agreed(trainer, self.stopped, due)
+        pace = (now - self.asked_at) / max(trainer.global_step - self.asked, 1)
+        stopped, due, pace = largest(trainer, self.stopped, due, pace)
+        self.stopped = bool(stopped)
+        self.asked, self.asked_at = trainer.global_step, now
+        self.ask = self.asked + min(max(int(ANSWER / max(pace, 1e-6)), 1), 100)
         if self.stopped or due:
             self.guard.check(trainer)
             self.guard.check_weights(trainer, method)
@@ -326,13 +345,15 @@ def step_of(trainer: Any, batch_idx: int) -> int:
     return trainer.global_step + (not stepped(trainer, batch_idx))
 
 
-def agreed(trainer: Any, *flags: bool) -> list[bool]:
-    """The flags, true where any rank says so: ranks that act apart would wait for each other forever."""
+def largest(trainer: Any, *values: float) -> list[float]:
+    """Each value, the largest of all ranks (for a flag: does any rank say so?): ranks that act apart would wait for each
+    other forever.
+    """
     if trainer.world_size == 1:
-        return list(flags)
-    votes = torch.tensor(flags, dtype=torch.int32, device=trainer.strategy.root_device)
+        return list(values)
+    votes = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
     torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
+    return votes.tolist()
 
 
 def total(method: Any) -> float:
