@@ -140,7 +140,7 @@ class Method(lightning.LightningModule):
         finally:
             self.train(training)
         if isinstance(data, list | tuple) and len(found) != len(data):
-            raise InputError(f"{len(data) - len(found):,} of {len(data):,} items cannot be read: leave them out")
+            raise InputError(f"{len(data) - len(found):,} of {len(data):,} items cannot be embedded: leave them out")
         return found[batches.order().argsort()].numpy()
 
     @property
