@@ -130,8 +130,11 @@ def info_nce(
     if decoupled and (positives is not None or ignore is not None) and bool(normaliser.isneginf().any()):
         raise InputError("decoupled contrast left a query without negatives: positives and ignore cover all its keys")
 
-    present = logits.isfinite()
-    attraction = logits.masked_fill(~present, 0).sum(1) / present.sum(1).clamp(min=1)
+    if positives is None:
+        attraction = logits[:, 0]
+    else:
+        present = logits.isfinite()
+        attraction = logits.masked_fill(~present, 0).sum(1) / present.sum(1).clamp(min=1)
     if label_smoothing:
         attraction = (1 - label_smoothing) * attraction + label_smoothing * mean_logit / count
     return reduce(normaliser - attraction, reduction)
@@ -337,6 +340,8 @@ def reduce(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tenso
         return loss.sum() * ranks
     if reduction != "mean":
         raise InputError(f'reduction must be "mean", "sum" or "none", not "{reduction}"')
+    if ranks == 1 and counted is None:
+        return loss.mean()
     count = loss.new_tensor(float(len(loss))) if counted is None else counted.sum().to(loss.dtype)
     if ranks > 1:
         count = count.clone()
@@ -433,8 +438,11 @@ def _positive_logits(query, keys, index, positives, start, temperature) -> Tenso
     if index is None:
         wide = _divide(_einsum("nd,md->nm", query, keys[start : start + positives.shape[1]]), temperature)
         return wide.masked_fill(~positives, -torch.inf)
-    if index.shape[1] == 1 and len(index) and bool(index.numel() == len(query)):
-        chosen = (query * keys[index[:, 0]]).sum(1, keepdim=True)
+    if positives is None:
+        chosen = (query * keys[start : start + len(query)]).sum(1, keepdim=True)
+        return _divide(chosen, temperature)
+    if index.shape[1] == 1:
+        chosen = (query * keys[index[:, 0].clamp(min=0)]).sum(1, keepdim=True)
     else:
         chosen = _einsum("nd,npd->np", query, keys[index.clamp(min=0)])
     return _divide(chosen, temperature).masked_fill(index < 0, -torch.inf)
@@ -495,8 +503,7 @@ def _check_matrix(x: Tensor, name: str) -> None:
         raise InputError(f"{name} is empty: {list(x.shape)}")
     # only where nobody has to wait for the answer: a GPU would, and the other processes if this one stopped
     if x.device.type == "cpu" and world_size() == 1 and not torch.compiler.is_compiling():
-        bad = ~x.detach().isfinite().all(1)
-        if bool(bad.any()):
+        if not bool(x.detach().sum().isfinite()) and bool((bad := ~x.detach().isfinite().all(1)).any()):
             raise NotFinite(f"{name} holds NaN or infinite values in {int(bad.sum()):,} of its {len(x):,} rows")
 
 

@@ -20,10 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from counterpoint.contrast.kernels import blocked
-from counterpoint.contrast.relation import Relation, pack, unpack
+from counterpoint.contrast.relation import Listed, Relation, pack, unpack
 from counterpoint.errors import InputError
 
 EXECUTORS = ("blocked", "triton")
+SMALL = 2**18
+"""So many similarities (1 MB) are held at once on a CPU, where the calls around a tile would cost more than the tile."""
+
 _chosen: ContextVar[str | None] = ContextVar("executor", default=None)
 
 
@@ -96,6 +99,8 @@ def log_sum_exp(
         InputError: shapes that do not fit together, or an executor that cannot do this.
     """
     query, key, scale, log_weight = _operands(query, key, temperature, log_weight)
+    if _small(query, key, without, columns):
+        return _dense(query, query if key is None else key, scale, log_weight, without, columns)
     form, relation = pack(without)
     name, precision = _executor(query, key, without, columns)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, scale, log_weight))
@@ -151,6 +156,35 @@ def softplus_sum(query: Tensor, key: Tensor, *, scale: float | Tensor = 1.0, bia
     query, key = query.to(dtype), key.to(dtype)
     scale, bias = (torch.as_tensor(value, dtype=dtype, device=query.device).reshape(()) for value in (scale, bias))
     return _softplus_sum(query, key, scale, bias, *_executor(query, key, None, False))
+
+
+def _small(query: Tensor, key: Tensor | None, without: Relation | None, columns: bool) -> bool:
+    """Whether all similarities fit into one tile, and no row or column can be empty: then plain operations are fastest."""
+    other = query if key is None else key
+    if query.shape[0] * other.shape[0] > SMALL or query.device.type != "cpu" or _chosen.get() is not None:
+        return False
+    if torch.is_autocast_enabled("cpu"):  # it would reach the backward pass of plain operations
+        return False
+    few = isinstance(without, Listed) and without.index.shape[1] < other.shape[0] and (key is None or not columns)
+    return without is None or few
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    log_weight: Tensor | None,
+    without: Relation | None,
+    columns: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query @ key.T * scale
+        logits = logits if log_weight is None else logits + log_weight
+        if without is not None:
+            everything = slice(0, logits.shape[0]), slice(0, logits.shape[1])
+            logits = logits.masked_fill(without.holds(*everything), -torch.inf)
+        row = logits.logsumexp(1)
+        return (row, logits.logsumexp(0)) if columns else row
 
 
 def _operands(query, key, temperature, log_weight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
