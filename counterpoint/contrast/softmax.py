@@ -502,9 +502,11 @@ def _check_matrix(x: Tensor, name: str) -> None:
     if 0 in x.shape:
         raise InputError(f"{name} is empty: {list(x.shape)}")
     # only where nobody has to wait for the answer: a GPU would, and the other processes if this one stopped
-    if x.device.type == "cpu" and world_size() == 1 and not torch.compiler.is_compiling():
-        if not bool(x.detach().sum().isfinite()) and bool((bad := ~x.detach().isfinite().all(1)).any()):
-            raise NotFinite(f"{name} holds NaN or infinite values in {int(bad.sum()):,} of its {len(x):,} rows")
+    free = x.device.type == "cpu" and world_size() == 1 and not torch.compiler.is_compiling()
+    if free and not bool(x.detach().sum().isfinite()):
+        bad = int((~x.detach().isfinite().all(1)).sum())
+        if bad:  # else the sum alone was too large
+            raise NotFinite(f"{name} holds NaN or infinite values in {bad:,} of its {len(x):,} rows")
 
 
 def _check_pair(query: Tensor, key: Tensor, temperature: Temperature) -> None:
