@@ -6,6 +6,7 @@ MkDocs calls the `on_*` functions. Nothing here needs the network, and pages loa
 - A line ``<!-- methods -->`` becomes the table of methods.
 - ``$...$`` and ``$$...$$`` become MathML.
 - A line ``<!-- comparisons -->`` becomes a table for every record in ``results/comparisons/``.
+- A line ``<!-- contrast_cpu -->`` becomes the table of ``results/benchmarks/contrast_cpu.json``.
 - A line ``<!-- study SLUG: METRIC, METRIC -->`` becomes a table of these means, one row an arm of that study's record.
 - ``methods/`` gets an index and one page for every method that is ready.
 """
@@ -55,6 +56,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill in reference sections and tables, then set formulas aside, where Markdown cannot touch them."""
     markdown = re.sub(r"^<!-- methods -->$", lambda _: _methods_table("methods/"), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- comparisons -->$", lambda _: _comparisons(), markdown, flags=re.M)
+    markdown = re.sub(r"^<!-- contrast_cpu -->$", lambda _: _contrast_cpu(), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- study (\S+): (.+) -->$", lambda found: _arms(found[1], found[2]), markdown, flags=re.M)
     markdown = re.sub(r"^::: ([\w.]+)$", lambda found: _reference(found[1]), markdown, flags=re.M)
     formulas: list[str] = []
@@ -301,6 +303,29 @@ def _study(study: dict[str, Any]) -> list[str]:
         said.append(f"Effect{of}: {study['effect']:+.2f}, 95 % interval {_interval(study['ci'])}.")
     said.append(f"Record: `results/{study['record'].removeprefix('results/')}`.")
     return said
+
+
+def _contrast_cpu() -> str:
+    """Our losses beside those of other libraries, as measured in one run."""
+    record = results.read(results.folder() / "benchmarks" / "contrast_cpu.json")
+    if record is None:
+        return "*Not measured yet.*"
+    ratio = {(r["form"], r["n"], r["d"], r["against"]): r["times"] for r in record["ratios"]}
+    rows = ["| loss | pairs | library | seconds | extra memory, MB | ours is faster by |", "|---|---|---|---|---|---|"]
+    for row in record["rows"]:
+        head = f"| {row['form']} | {row['n']:,} | {row['name']} "
+        if "left_out" in row:
+            rows.append(f"{head}| {row['left_out']} | | |")
+            continue
+        times = ratio.get((row["form"], row["n"], row["d"], row["name"]))
+        rows.append(
+            f"{head}| {row['seconds']:.4f} | {row['extra_mb']:,.0f} | {'' if times is None else f'{times:.2f}'} |"
+        )
+    about = record["environment"]
+    return (
+        f"Measured with {about['threads']} threads, {record['rows'][0]['d']} dimensions, torch {about['torch']}.\n\n"
+        + "\n".join(rows)
+    )
 
 
 def _arms(slug: str, metrics: str) -> str:
