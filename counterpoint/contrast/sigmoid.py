@@ -1,10 +1,20 @@
 """Pairwise sigmoid contrast: every pair is its own yes-or-no question, without a softmax over the batch."""
 
 from torch import Tensor
+from torch.nn import functional
 
 from counterpoint.contrast.distributed import gather
 from counterpoint.contrast.kernels import softplus_sum
-from counterpoint.contrast.softmax import _check_matrix, _check_temperature, _divide, _wide, reduce, unit
+from counterpoint.contrast.softmax import (
+    _check_matrix,
+    _check_temperature,
+    _divide,
+    _logits,
+    _small,
+    _wide,
+    reduce,
+    unit,
+)
 from counterpoint.errors import InputError
 
 
@@ -45,4 +55,9 @@ def sigmoid_loss(
     image, text = (unit(image), unit(text)) if normalize else (_wide(image), _wide(text))
     scale = _divide(image.new_ones(()), temperature)
     positive = (image * text).sum(1) * scale + (bias.reshape(()) if isinstance(bias, Tensor) else bias)
-    return reduce(softplus_sum(image, gather(text).rows, scale=scale, bias=bias) - positive, reduction)
+    keys = gather(text)
+    if _small(image, keys):
+        total = functional.softplus(_logits(image, text, temperature) + bias).sum(1)
+    else:
+        total = softplus_sum(image, keys.rows, scale=scale, bias=bias)
+    return reduce(total - positive, reduction)

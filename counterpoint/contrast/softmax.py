@@ -9,23 +9,28 @@ or ``"none"`` (per row); float32 accumulation whatever the input; under a proces
 every rank, and the gradient averaged over ranks equals the single-process gradient.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from counterpoint.contrast.distributed import Gathered, Placed, by_ring, gather, gather_plain, place, world_size
-from counterpoint.contrast.kernels import log_sum_exp, ring
+from counterpoint.contrast.kernels import automatic, log_sum_exp, ring
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same, Transposed
 from counterpoint.errors import InputError, NotFinite
 
 Temperature = float | Tensor
 
+SMALL = 2**18
+"""So many similarities (1 MB) are held at once on a CPU, where the calls around a tile would cost more than the tile."""
+
 
 def unit(x: Tensor) -> Tensor:
     """Rows of `x` on the unit sphere (at least float32); a row of zeros stays zero and receives no gradient."""
     x = _wide(x)
-    norm = x.norm(dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.masked_fill(norm < 1e-12, torch.inf)  # a floor of 1e-12 would multiply its gradient by 1e12
 
 
@@ -99,17 +104,21 @@ def info_nce(
         hard_negatives = ready(hard_negatives)
     travel = in_batch and by_ring() and positives is None and ignore is None and not (label_smoothing or decoupled)
     keys = gather(key) if in_batch and not travel else Gathered(key, 0, 1)
+    paired = in_batch and positives is None and negatives is None and hard_negatives is None
+    if paired and ignore is None and not (decoupled or travel) and _small(query, keys):
+        return reduce(_picked(_logits(query, key, temperature), label_smoothing), reduction)
     index, relation = _positives(positives, len(query), keys, len(key))
     logits = _positive_logits(query, keys.rows, index, positives, keys.start, temperature)
 
     parts: list[Tensor] = []
     count: int | Tensor = 0
-    mean_logit = query.new_zeros(len(query))
+    mean_logit: float | Tensor = 0.0
     if in_batch:
         without = _ignored(ignore, relation, decoupled, keys, len(query), len(key))
         executor = ring.log_sum_exp if travel else log_sum_exp
         parts.append(executor(query, keys.rows, temperature=temperature, without=without))
-        count, mean_logit = _add_candidates(count, mean_logit, query, keys.rows, temperature)
+        if label_smoothing:
+            count, mean_logit = _add_candidates(count, mean_logit, query, keys.rows, temperature)
     elif not decoupled:
         parts.append(logits.logsumexp(1))
         if label_smoothing:
@@ -117,11 +126,13 @@ def info_nce(
             count, mean_logit = present.sum(1), logits.masked_fill(~present, 0).sum(1)
     if negatives is not None:
         parts.append(log_sum_exp(query, negatives, temperature=temperature))
-        count, mean_logit = _add_candidates(count, mean_logit, query, negatives, temperature)
+        if label_smoothing:
+            count, mean_logit = _add_candidates(count, mean_logit, query, negatives, temperature)
     if hard_negatives is not None:
         hard = _divide(_einsum("nd,nsd->ns", query, hard_negatives), temperature)
         parts.append(hard.logsumexp(1))
-        count, mean_logit = count + hard.shape[1], mean_logit + hard.sum(1)
+        if label_smoothing:
+            count, mean_logit = count + hard.shape[1], mean_logit + hard.sum(1)
     if not parts:
         raise InputError("no negatives: in_batch=False and decoupled=True leave nothing in the denominator")
     if decoupled and negatives is None and hard_negatives is None and keys.rows.shape[0] < 2:
@@ -363,9 +374,29 @@ def _both_ways(query, key, temperature, ignore, decoupled, label_smoothing, norm
         back = info_nce(key, query, temperature=temperature, ignore=_transposed(ignore), **options)
         return (there + back) / 2
     keys = Gathered(key, 0, 1)
+    if ignore is None and _small(query, keys):
+        logits = _logits(query, key, temperature)
+        return reduce((_picked(logits) + _picked(logits.T)) / 2, reduction)
     without = _ignored(ignore, Listed(torch.arange(len(query), device=query.device)), False, keys, len(query), len(key))
     row, column = log_sum_exp(query, key, temperature=temperature, without=without, columns=True)
     return reduce((row + column) / 2 - _divide((query * key).sum(1), temperature), reduction)
+
+
+def _small(query: Tensor, keys: Gathered) -> bool:
+    """Whether all similarities may be held at once, which is fastest for few of them and means the same."""
+    here = keys.ranks == 1 and query.device.type == "cpu" and automatic()
+    return here and len(query) * len(keys.rows) <= SMALL
+
+
+def _logits(query: Tensor, key: Tensor, temperature: Temperature) -> Tensor:
+    with torch.autocast(query.device.type, enabled=False):
+        return _divide(query @ key.T, temperature)
+
+
+def _picked(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy ``[N]`` of row i picking column i."""
+    own = torch.arange(len(logits), device=logits.device)
+    return functional.cross_entropy(logits, own, reduction="none", label_smoothing=label_smoothing)
 
 
 def _over_ranks(
@@ -503,7 +534,7 @@ def _check_matrix(x: Tensor, name: str) -> None:
         raise InputError(f"{name} is empty: {list(x.shape)}")
     # only where nobody has to wait for the answer: a GPU would, and the other processes if this one stopped
     free = x.device.type == "cpu" and world_size() == 1 and not torch.compiler.is_compiling()
-    if free and not bool(x.detach().sum().isfinite()):
+    if free and not math.isfinite(x.detach().sum().item()):
         bad = int((~x.detach().isfinite().all(1)).sum())
         if bad:  # else the sum alone was too large
             raise NotFinite(f"{name} holds NaN or infinite values in {bad:,} of its {len(x):,} rows")

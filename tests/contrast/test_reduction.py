@@ -5,8 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from counterpoint import contrast
-from counterpoint.contrast import Listed, Mask, Same
-from counterpoint.contrast.kernels import blocked, executor, log_sum_exp, reduction, softmax_mean
+from counterpoint.contrast import Listed, Mask, Same, clip_loss, info_nce, sigmoid_loss, softmax
+from counterpoint.contrast.kernels import blocked, executor, log_sum_exp, softmax_mean
 from counterpoint.contrast.relation import Transposed, pack, unpack
 from counterpoint.errors import InputError
 
@@ -83,40 +83,34 @@ def test_only_small_batches_keep_and_only_for_a_backward_pass():
 # What small problems do instead of tiles
 
 
-@pytest.mark.parametrize("itself", [False, True])
-@pytest.mark.parametrize("option", ["plain", "listed", "weighted", "columns", "per row"])
-def test_small_problems_take_plain_operations_to_the_same_numbers(itself, option, monkeypatch):
-    n, m = 7, 7 if itself else 9
-    query, key = data(n, 5).requires_grad_(), None if itself else data(m, 5, seed=1).requires_grad_()
-    temperature = torch.full((n if option == "per row" else 1,), 0.4, dtype=torch.float64, requires_grad=True)
-    options = {"temperature": temperature, "columns": option == "columns"}
-    if option == "listed":
-        options["without"] = Listed(torch.arange(n))
-    if option == "weighted":
-        options["log_weight"] = data(m, seed=4)
-    inputs = [x for x in (query, key, temperature) if x is not None]
+@pytest.mark.parametrize("loss", [info_nce, clip_loss, sigmoid_loss, "smoothed"])
+def test_small_problems_take_plain_operations_to_the_same_numbers(loss, monkeypatch):
+    query, key = data(7, 5).requires_grad_(), data(7, 5, seed=1).requires_grad_()
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
 
     def result():
-        found = log_sum_exp(query, key, **options)
-        found = torch.cat(found if option == "columns" else (found,))
-        return found, torch.autograd.grad((found * data(len(found), seed=2)).sum(), inputs)
+        smoothed = {"label_smoothing": 0.2} if loss == "smoothed" else {}
+        function = info_nce if loss == "smoothed" else loss
+        found = function(query, key, temperature=temperature, reduction="none", **smoothed)
+        return found, torch.autograd.grad((found * data(7, seed=2)).sum(), [query, key, temperature])
 
     def refused(*arguments, **named):
         raise AssertionError("a small problem went through the tiles")
 
     tiled = result()
-    monkeypatch.setattr(reduction, "SMALL", 100)
+    monkeypatch.setattr(softmax, "SMALL", 100)
     monkeypatch.setattr(blocked, "forward", refused)
+    monkeypatch.setattr(blocked, "softplus_forward", refused)
     torch.testing.assert_close(result(), tiled)
 
 
-def test_what_could_leave_a_row_empty_goes_through_the_tiles(monkeypatch):
-    monkeypatch.setattr(reduction, "SMALL", 100)
-    query, key = data(3, 4).requires_grad_(), data(2, 4, seed=1).requires_grad_()
-    row = log_sum_exp(query, key, without=Listed(torch.tensor([[0, 1], [0, -1], [1, -1]])))
-    assert row[0] == -torch.inf
-    (gradient,) = torch.autograd.grad(row[1:].sum() + 0 * row.masked_fill(row.isinf(), 0).sum(), query)
-    assert bool(gradient.isfinite().all()) and bool((gradient[0] == 0).all())
+def test_a_chosen_executor_computes_small_problems_too(monkeypatch):
+    monkeypatch.setattr(softmax, "SMALL", 100)
+    asked = []
+    monkeypatch.setattr(blocked, "forward", lambda *a, real=blocked.forward: asked.append(1) or real(*a))
+    with executor("blocked"):
+        info_nce(data(7, 5), data(7, 5, seed=1))
+    assert asked
 
 
 # Operators

@@ -1,5 +1,5 @@
 """The one quadratic reduction in the library, and its executors: `blocked` on every device, `triton` on NVIDIA GPUs."""
 
-from counterpoint.contrast.kernels.reduction import executor, log_sum_exp, softmax_mean, softplus_sum
+from counterpoint.contrast.kernels.reduction import automatic, executor, log_sum_exp, softmax_mean, softplus_sum
 
-__all__ = ["executor", "log_sum_exp", "softmax_mean", "softplus_sum"]
+__all__ = ["automatic", "executor", "log_sum_exp", "softmax_mean", "softplus_sum"]

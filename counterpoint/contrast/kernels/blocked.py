@@ -94,8 +94,8 @@ def backward(
     weight_gradient = None if log_weight is None else torch.zeros_like(log_weight)
     tile = _Tiles(query, other, scale, log_weight, without, triangle)
     tile.kept = kept
-    across = _Share(row, row_gradient, tile.plain)
-    down = across if triangle else None if column is None else _Share(column, column_gradient, tile.plain)
+    across = _Share(row, row_gradient, tile)
+    down = across if triangle else None if column is None else _Share(column, column_gradient, tile)
     for rows, cols in tile:
         weight = tile.shares(rows, cols, across, down)
         query_gradient[rows].addmm_(weight, other[cols])
@@ -130,12 +130,13 @@ class _Share:
     With a shift (`plain` is False) the two stay apart, so that the exponent is never large.
     """
 
-    def __init__(self, result: Tensor, gradient: Tensor | None, plain: bool):
-        empty = result == -torch.inf
-        self.result = result.masked_fill(empty, 0)
+    def __init__(self, result: Tensor, gradient: Tensor | None, tile: "_Tiles"):
         gradient = torch.zeros_like(result) if gradient is None else gradient
-        self.gradient = gradient.masked_fill(empty, 0)
-        self.factor = self.gradient * (-self.result).exp() if plain else self.gradient
+        if tile.without is not None or tile.log_weight is not None:
+            empty = result == -torch.inf
+            result, gradient = result.masked_fill(empty, 0), gradient.masked_fill(empty, 0)
+        self.result, self.gradient = result, gradient
+        self.factor = gradient * (-result).exp() if tile.plain else gradient
 
 
 class _Tiles:

@@ -4,8 +4,9 @@ With logits ``l_ij = scale * <query_i, key_j> + log_weight_j`` over the pairs no
 
     row_i = log sum_j exp(l_ij)        column_j = log sum_i exp(l_ij)
 
-Each reduction is a registered operator (``torch.ops.counterpoint``), so that torch.compile, checkpointing and export
-see one opaque call. Which executor computes it depends on device and relation, and `executor` overrides it.
+While torch.compile traces, each reduction is a registered operator (``torch.ops.counterpoint``), one opaque call; else it
+is an ordinary autograd function, whose call costs a tenth of an operator's. Which executor computes it depends on device
+and relation, and `executor` overrides it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,20 +14,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from counterpoint.contrast.kernels import blocked
-from counterpoint.contrast.relation import Listed, Relation, pack, unpack
+from counterpoint.contrast.relation import Relation, pack, unpack
 from counterpoint.errors import InputError
 
 EXECUTORS = ("blocked", "triton")
-SMALL = 2**18
-"""So many similarities (1 MB) are held at once on a CPU, where the calls around a tile would cost more than the tile."""
-
 _chosen: ContextVar[str | None] = ContextVar("executor", default=None)
 
 
@@ -44,6 +42,11 @@ def executor(name: Literal["blocked", "triton"]) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def automatic() -> bool:
+    """Whether nobody has chosen an executor."""
+    return _chosen.get() is None
 
 
 @overload
@@ -99,13 +102,13 @@ def log_sum_exp(
         InputError: shapes that do not fit together, or an executor that cannot do this.
     """
     query, key, scale, log_weight = _operands(query, key, temperature, log_weight)
-    if _small(query, key, without, columns):
-        return _dense(query, query if key is None else key, scale, log_weight, without, columns)
-    form, relation = pack(without)
     name, precision = _executor(query, key, without, columns)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, scale, log_weight))
-    columns_too = columns and key is not None
-    row, column, _ = _log_sum_exp(query, key, scale, log_weight, form, relation, columns_too, keep, name, precision)
+    how = columns and key is not None, keep, name, precision
+    if torch.compiler.is_compiling():
+        row, column, _ = _log_sum_exp(query, key, scale, log_weight, *pack(without), *how)
+    else:
+        row, column = _LogSumExp.apply(query, key, scale, log_weight, without, *how)
     if not columns:
         return row
     return row, row if key is None else column
@@ -156,35 +159,6 @@ def softplus_sum(query: Tensor, key: Tensor, *, scale: float | Tensor = 1.0, bia
     query, key = query.to(dtype), key.to(dtype)
     scale, bias = (torch.as_tensor(value, dtype=dtype, device=query.device).reshape(()) for value in (scale, bias))
     return _softplus_sum(query, key, scale, bias, *_executor(query, key, None, False))
-
-
-def _small(query: Tensor, key: Tensor | None, without: Relation | None, columns: bool) -> bool:
-    """Whether all similarities fit into one tile, and no row or column can be empty: then plain operations are fastest."""
-    other = query if key is None else key
-    if query.shape[0] * other.shape[0] > SMALL or query.device.type != "cpu" or _chosen.get() is not None:
-        return False
-    if torch.is_autocast_enabled("cpu"):  # it would reach the backward pass of plain operations
-        return False
-    few = isinstance(without, Listed) and without.index.shape[1] < other.shape[0] and (key is None or not columns)
-    return without is None or few
-
-
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    scale: Tensor,
-    log_weight: Tensor | None,
-    without: Relation | None,
-    columns: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        logits = query @ key.T * scale
-        logits = logits if log_weight is None else logits + log_weight
-        if without is not None:
-            everything = slice(0, logits.shape[0]), slice(0, logits.shape[1])
-            logits = logits.masked_fill(without.holds(*everything), -torch.inf)
-        row = logits.logsumexp(1)
-        return (row, logits.logsumexp(0)) if columns else row
 
 
 def _operands(query, key, temperature, log_weight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -254,6 +228,60 @@ def _gpu() -> ModuleType:
     return found
 
 
+def _forward(query, key, scale, log_weight, without, columns, keep, executor, precision) -> Any:
+    """Row and column results, and what `_backward` may go on with; None where there is none."""
+    with torch.autocast(query.device.type, enabled=False):
+        if executor == "triton":
+            q, k = _narrow(query, precision), _narrow(key, precision)
+            return *_gpu().forward(q, k, scale, log_weight, without, columns), None
+        return blocked.forward(query, key, scale, log_weight, without, columns, keep)
+
+
+def _backward(
+    query,
+    key,
+    scale,
+    log_weight,
+    without,
+    row,
+    column,
+    row_gradient,
+    column_gradient,
+    kept,
+    want_key,
+    executor,
+    precision,
+) -> Any:
+    """Gradients of query, key, scale and log_weight; None where there is none."""
+    rest = (scale, log_weight, without, row, column, row_gradient, column_gradient)
+    with torch.autocast(query.device.type, enabled=False):
+        if executor == "triton":  # gradients in full precision: what attracts and what repels nearly cancel
+            q, k = _narrow(query, precision), _narrow(key, precision)
+            return _gpu().backward(q, k, *rest, want_key=want_key, dtype=query.dtype)
+        return blocked.backward(query, key, *rest, kept=kept, want_key=want_key)
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, scale, log_weight, without, columns, keep, *how):
+        row, column, kept = _forward(query, key, scale, log_weight, without, columns, keep, *how)
+        ctx.save_for_backward(query, key, scale, log_weight, row, column, kept)
+        ctx.without, ctx.how = without, how
+        return row, column
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, row_gradient, column_gradient):
+        query, key, scale, log_weight, row, column, kept = ctx.saved_tensors
+        operands = (query, key, scale, log_weight)
+        want = [need and x is not None for need, x in zip(ctx.needs_input_grad, operands, strict=False)]
+        gradients = _backward(
+            *operands, ctx.without, row, column, row_gradient, column_gradient, kept, want[1], *ctx.how
+        )
+        found = (gradient if wanted else None for gradient, wanted in zip(gradients, want, strict=True))
+        return *found, *[None] * (3 + len(ctx.how))
+
+
 @torch.library.custom_op("counterpoint::log_sum_exp", mutates_args=())
 def _log_sum_exp(
     query: Tensor,
@@ -268,12 +296,7 @@ def _log_sum_exp(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     without = unpack(form, relation)
-    with torch.autocast(query.device.type, enabled=False):
-        if executor == "triton":
-            q, k = _narrow(query, precision), _narrow(key, precision)
-            found = *_gpu().forward(q, k, scale, log_weight, without, columns), None
-        else:
-            found = blocked.forward(query, key, scale, log_weight, without, columns, keep)
+    found = _forward(query, key, scale, log_weight, without, columns, keep, executor, precision)
     row, column, kept = (query.new_empty(0) if part is None else part for part in found)
     return row, column, kept
 
@@ -302,13 +325,8 @@ def _log_sum_exp_backward(
     executor: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rest = (scale, log_weight, unpack(form, relation), row, column, row_gradient, column_gradient)
-    with torch.autocast(query.device.type, enabled=False):
-        if executor == "triton":  # gradients in full precision: what attracts and what repels nearly cancel
-            q, k = _narrow(query, precision), _narrow(key, precision)
-            gradients = _gpu().backward(q, k, *rest, want_key=want_key, dtype=query.dtype)
-        else:
-            gradients = blocked.backward(query, key, *rest, kept=kept if len(kept) else None, want_key=want_key)
+    known = (row, column, row_gradient, column_gradient, kept if len(kept) else None)
+    gradients = _backward(query, key, scale, log_weight, unpack(form, relation), *known, want_key, executor, precision)
     query_gradient, key_gradient, scale_gradient, weight_gradient = (
         row.new_empty(0) if gradient is None else gradient for gradient in gradients
     )
