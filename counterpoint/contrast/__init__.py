@@ -7,6 +7,7 @@ from torch import Tensor
 from counterpoint.contrast import distributed
 from counterpoint.contrast.geometry import alignment, effective_rank, uniformity
 from counterpoint.contrast.kernels import executor, log_sum_exp, softmax_mean
+from counterpoint.contrast.pairs import Pairs
 from counterpoint.contrast.prediction import negative_cosine
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same
 from counterpoint.contrast.sigmoid import sigmoid_loss
@@ -45,6 +46,7 @@ __all__ = [
     "Listed",
     "Mask",
     "Objective",
+    "Pairs",
     "Relation",
     "Same",
     "alignment",

@@ -63,7 +63,7 @@ def info_nce(
         positives: which keys are positive: None pairs row i with key i; int64 ``[N]`` or ``[N, P]`` lists key rows
             (-1 pads); bool ``[N, M]`` marks them. Several positives are averaged outside the log.
         negatives: shared extra keys ``[K, d]``, for example a queue.
-        hard_negatives: extra keys of each query alone ``[N, S, d]``.
+        hard_negatives: extra keys of each query alone ``[N, S, d]``; with `symmetric` those of the keys follow, ``[2N, S, d]``.
         ignore: pairs of the batch that do not count (false negatives): a relation or bool ``[N, M]``. Positives always
             count.
         in_batch: do the other keys of the batch count as negatives? MoCo says no: only the queue does.
@@ -81,9 +81,10 @@ def info_nce(
     """
     _check_pair(query, key, temperature)
     if symmetric:
-        if positives is not None or negatives is not None or hard_negatives is not None or not in_batch:
+        if positives is not None or negatives is not None or not in_batch:
             raise InputError("symmetric=True needs the default pairing: no positives, negatives or in_batch=False")
-        return _both_ways(query, key, temperature, ignore, decoupled, label_smoothing, normalize, reduction)
+        options = (ignore, decoupled, label_smoothing, normalize, reduction)
+        return _both_ways(query, key, temperature, hard_negatives, *options)
     if positives is None and len(query) != len(key):
         raise InputError(
             f"query has {len(query)} rows and key {len(key)}: row i is paired with row i, so pass positives= to say "
@@ -97,11 +98,6 @@ def info_nce(
         _check_matrix(negatives, "negatives")
         _check_dimensions(negatives, "negatives", query)
         negatives = ready(negatives)
-    if hard_negatives is not None:
-        if hard_negatives.ndim != 3 or len(hard_negatives) != len(query):
-            raise InputError(f"hard_negatives must be [{len(query)}, S, d], not {list(hard_negatives.shape)}")
-        _check_dimensions(hard_negatives, "hard_negatives", query)
-        hard_negatives = ready(hard_negatives)
     travel = in_batch and by_ring() and positives is None and ignore is None and not (label_smoothing or decoupled)
     keys = gather(key) if in_batch and not travel else Gathered(key, 0, 1)
     paired = in_batch and positives is None and negatives is None and hard_negatives is None
@@ -129,7 +125,7 @@ def info_nce(
         if label_smoothing:
             count, mean_logit = _add_candidates(count, mean_logit, query, negatives, temperature)
     if hard_negatives is not None:
-        hard = _divide(_einsum("nd,nsd->ns", query, hard_negatives), temperature)
+        hard = _own_logits(query, hard_negatives, temperature, normalize)
         parts.append(hard.logsumexp(1))
         if label_smoothing:
             count, mean_logit = count + hard.shape[1], mean_logit + hard.sum(1)
@@ -152,7 +148,13 @@ def info_nce(
 
 
 def nt_xent(
-    z1: Tensor, z2: Tensor, *, temperature: Temperature = 0.1, normalize: bool = True, reduction: str = "mean"
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    hard_negatives: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
 ) -> Tensor:
     r"""Two views of each item; every other row of both views is a negative (SimCLR, arXiv 2002.05709, eq. 1).
 
@@ -162,6 +164,7 @@ def nt_xent(
         z1: ``[N, d]`` embeddings of the first view.
         z2: ``[N, d]`` embeddings of the second view; row i belongs to row i.
         temperature: scalar or 0-d tensor.
+        hard_negatives: extra keys of each anchor alone ``[2N, S, d]``, first view's anchors first.
         normalize: cosine similarity (True) or plain dot product.
         reduction: "mean" over the 2N anchors, "sum", or "none" ``[2N]`` (first view's anchors first).
 
@@ -170,6 +173,7 @@ def nt_xent(
     """
     query, keys, pair = _two_views(z1, z2, temperature, normalize, travel=True)
     normaliser = _over_ranks(query, None, keys, temperature, Listed(_own(query, keys)))
+    normaliser = _and_own(normaliser, query, hard_negatives, temperature, normalize)
     return reduce(normaliser - _divide(pair, temperature), reduction)
 
 
@@ -182,6 +186,7 @@ def dcl(
     sigma: float = 0.5,
     detach_weight: bool = True,
     one_way: bool = False,
+    hard_negatives: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -200,6 +205,7 @@ def dcl(
         sigma: temperature of that weight.
         detach_weight: treat the weight as a constant.
         one_way: anchors from the first view only (rows ``[N]`` instead of ``[2N]``).
+        hard_negatives: extra keys of each anchor alone ``[2N, S, d]``, first view's anchors first (``[N, S, d]`` if `one_way`).
         normalize: cosine similarity (True) or plain dot product.
         reduction: "mean" over anchors (the average of both directions), "sum" or "none".
 
@@ -217,6 +223,7 @@ def dcl(
         query, everything, pair, without = query[:half], query, pair[:half], without[:half]
         weight = weight[:half] if isinstance(weight, Tensor) else weight
     normaliser = _over_ranks(query, everything, keys, temperature, Listed(without))
+    normaliser = _and_own(normaliser, query, hard_negatives, temperature, normalize)
     return reduce(normaliser - _divide(weight * pair, temperature), reduction)
 
 
@@ -292,6 +299,7 @@ def clip_loss(
     temperature: Temperature = 0.07,
     label_smoothing: float = 0.0,
     ignore: Relation | Tensor | None = None,
+    hard_negatives: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -308,6 +316,7 @@ def clip_loss(
         temperature: scalar or 0-d tensor; a learned logit scale s is ``temperature=1 / s``.
         label_smoothing: share of the target spread evenly over all candidates.
         ignore: pairs that do not count (duplicate captions): a relation or bool ``[N, N]``, symmetric in meaning.
+        hard_negatives: extra keys of each row alone ``[2N, S, d]``, those of the images first.
         normalize: cosine similarity (True) or plain dot product.
         reduction: "mean", "sum" or "none" ``[N]``.
 
@@ -322,6 +331,7 @@ def clip_loss(
         temperature=temperature,
         symmetric=True,
         ignore=ignore,
+        hard_negatives=hard_negatives,
         label_smoothing=label_smoothing,
         normalize=normalize,
         reduction=reduction,
@@ -360,18 +370,20 @@ def reduce(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tenso
     return loss.sum() * ranks / count.clamp(min=1)
 
 
-def _both_ways(query, key, temperature, ignore, decoupled, label_smoothing, normalize, reduction) -> Tensor:
+def _both_ways(query, key, temperature, hard, ignore, decoupled, label_smoothing, normalize, reduction) -> Tensor:
     options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "normalize": False, "reduction": reduction}
     if len(query) != len(key):
         raise InputError(f"row i is paired with row i, but there are {len(query)} and {len(key)} rows")
     query, key = (unit(query), unit(key)) if normalize else (_wide(query), _wide(key))
     per_row = isinstance(temperature, Tensor) and temperature.ndim > 0
-    if by_ring() and ignore is None and not (per_row or label_smoothing or decoupled):
+    if by_ring() and ignore is None and hard is None and not (per_row or label_smoothing or decoupled):
         row, column = ring.log_sum_exp(query, key, temperature=temperature, columns=True)
         return reduce((row + column) / 2 - _divide((query * key).sum(1), temperature), reduction)
-    if world_size() > 1 or per_row or label_smoothing or decoupled:
-        there = info_nce(query, key, temperature=temperature, ignore=ignore, **options)
-        back = info_nce(key, query, temperature=temperature, ignore=_transposed(ignore), **options)
+    if world_size() > 1 or per_row or label_smoothing or decoupled or hard is not None:
+        mine, others = (None, None) if hard is None else ((unit if normalize else _wide)(hard)).tensor_split(2)
+        there = info_nce(query, key, temperature=temperature, ignore=ignore, hard_negatives=mine, **options)
+        options |= {"ignore": _transposed(ignore), "hard_negatives": others}
+        back = info_nce(key, query, temperature=temperature, **options)
         return (there + back) / 2
     keys = Gathered(key, 0, 1)
     if ignore is None and _small(query, keys):
@@ -397,6 +409,22 @@ def _picked(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross entropy ``[N]`` of row i picking column i."""
     own = torch.arange(len(logits), device=logits.device)
     return functional.cross_entropy(logits, own, reduction="none", label_smoothing=label_smoothing)
+
+
+def _own_logits(query: Tensor, hard: Tensor, temperature: Temperature, normalize: bool) -> Tensor:
+    """Logits of each query and its own further keys ``[N, S]``."""
+    if hard.ndim != 3 or len(hard) != len(query):
+        raise InputError(f"hard_negatives must be [{len(query)}, S, d], not {list(hard.shape)}")
+    _check_dimensions(hard, "hard_negatives", query)
+    return _divide(_einsum("nd,nsd->ns", query, unit(hard) if normalize else _wide(hard)), temperature)
+
+
+def _and_own(
+    normaliser: Tensor, query: Tensor, hard: Tensor | None, temperature: Temperature, normalize: bool
+) -> Tensor:
+    if hard is None:
+        return normaliser
+    return torch.logaddexp(normaliser, _own_logits(query, hard, temperature, normalize).logsumexp(1))
 
 
 def _over_ranks(

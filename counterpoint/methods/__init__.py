@@ -70,7 +70,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(15, "pixpro", "PixPro: pixel-level consistency", "vision"),
     Entry(16, "supremix", "SupReMix: mixed pairs for regression", "vision"),
     Entry(17, "swav", "SwAV: swapped cluster assignments", "vision"),
-    Entry(18, "mochi", "MoCHi: hard negative mixing", "vision"),
+    Entry(18, "mochi", "MoCHi: hard negative mixing", "vision", "counterpoint.methods.vision.mochi:MoCHi"),
     Entry(19, "pcl-sr", "PCL-SR: contrast for super-resolution", "restoration"),
     Entry(20, "customcontrast", "CustomContrast: subject-driven text-to-image", "generation"),
     Entry(21, "cmim", "cMIM: contrastive mutual information machine", "vision"),

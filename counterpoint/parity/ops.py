@@ -211,3 +211,24 @@ def moe_embeddings_clip_loss(x: Inputs, p: dict[str, Any]) -> Outputs:
     one = contrast.info_nce(a, b, positives=there, **options)
     other = contrast.info_nce(b, a, positives=back, **options)
     return {"loss": (one + other) / 2}
+
+
+@op("mochi.hardest")
+def mochi_hardest(x: Inputs, p: dict[str, Any]) -> Outputs:
+    from counterpoint.memory.mixing import hardest
+
+    return {"index": hardest(x["q"], x["queue"], p["n_hard"])}
+
+
+@op("mochi.mixed_logits")
+def mochi_mixed_logits(x: Inputs, p: dict[str, Any]) -> Outputs:
+    from counterpoint.memory.mixing import mix
+
+    query, key, queue = contrast.unit(x["q"]), contrast.unit(x["k"]).detach(), x["queue"].detach()
+    mixed = [mix(queue[x["pair_i"]], queue[x["pair_j"]], x["alpha"])]
+    if "query_j" in x:
+        mixed.append(mix(query[:, None], queue[x["query_j"]], x["beta"]))
+    pairs = contrast.Pairs(query, key, negatives=queue, hard_negatives=torch.cat(mixed, dim=1), in_batch=False)
+    positive, own = (query * key).sum(1, keepdim=True), torch.einsum("nd,nsd->ns", query, pairs.hard_negatives)
+    logits = torch.cat([positive, query @ queue.T, own], dim=1) / p["temperature"]
+    return {"logits": logits, "loss": pairs.loss(contrast.info_nce, temperature=p["temperature"])}

@@ -90,7 +90,7 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
     """Options as a run's config.yaml holds them: named views spelled out, tuples as lists."""
     from counterpoint.train.method import plain as as_data
 
-    return {key: as_data(_named_views(key, value)) for key, value in options.items()}
+    return {key: as_data(_named(key, value)) for key, value in options.items()}
 
 
 def size_for(data: str, most: int | None) -> int | None:
@@ -120,16 +120,29 @@ def _sort(name: str, cls: type, recipe: dict[str, Any], data: Any) -> tuple[dict
             raise InputError(
                 f'{name}: neither {cls.__name__} nor fit has an option "{key}"{nearest(key, [*model, *fit])}'
             )
-    chosen = {key: _named_views(key, value) for key, value in recipe.items() if key in model}
+    chosen = {key: _named(key, value) for key, value in recipe.items() if key in model}
     return chosen, data, {key: value for key, value in recipe.items() if key not in model}
 
 
-def _named_views(key: str, value: Any) -> Any:
-    """View recipes may be named: ``views: simclr-small``."""
-    if not key.endswith("views") or not isinstance(value, str):
-        return value
-    from counterpoint import views
+def _named(key: str, value: Any) -> Any:
+    """Views and mixing parts may be named: ``views: simclr-small``, ``mixing: mochi``."""
+    if key == "mixing":
+        from counterpoint.memory.mixing import NAMED
 
-    if value not in views.NAMED:
-        raise InputError(f'no views named "{value}"{nearest(value, views.NAMED)}; there are {", ".join(views.NAMED)}')
-    return views.NAMED[value]
+        if isinstance(value, str):  # a name, several, or fields as YAML has them
+            import yaml
+
+            value = yaml.safe_load(value) or []
+        parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, dict) else value
+        return [_of("mixing part", part.strip(), NAMED) if isinstance(part, str) else part for part in parts]
+    if key.endswith("views") and isinstance(value, str):
+        from counterpoint import views
+
+        return _of("views", value, views.NAMED)
+    return value
+
+
+def _of(what: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        raise InputError(f'no {what} named "{name}"{nearest(name, known)}; there are {", ".join(known)}')
+    return known[name]

@@ -214,17 +214,18 @@ def plain(value: Any) -> Any:
 
 def _typed(value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    records = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
+    if records and isinstance(value, dict):
+        # of several kinds of record, the one that has all the fields
+        hints = [(record, typing.get_type_hints(record)) for record in records]
+        record, inner = next((pair for pair in hints if value.keys() <= pair[1].keys()), hints[0])
+        for name in value:
+            if name not in inner:
+                raise InputError(f'{record.__name__} has no field "{name}"{nearest(name, inner)}')
+        return record(**{name: checked(name, _typed(item, inner[name]), inner[name]) for name, item in value.items()})
     for option in options:
-        if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, dict):
-            inner = typing.get_type_hints(option)
-            for name in value:
-                if name not in inner:
-                    raise InputError(f'{option.__name__} has no field "{name}"{nearest(name, inner)}')
-            return option(
-                **{name: checked(name, _typed(item, inner[name]), inner[name]) for name, item in value.items()}
-            )
         if typing.get_origin(option) is tuple and isinstance(value, list):
             inside = typing.get_args(option)
-            inside = inside * len(value) if len(inside) != len(value) else inside
+            inside = inside[:1] * len(value) if inside[-1] is ... else inside
             return tuple(_typed(item, kind) for item, kind in zip(value, inside, strict=False))
     return value

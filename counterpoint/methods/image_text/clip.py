@@ -15,6 +15,7 @@ from counterpoint.data import NAMES, ImageFiles, Images, captions, load, texts
 from counterpoint.data.images import chosen
 from counterpoint.encoders.image_text import towers
 from counterpoint.errors import InputError
+from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.batches import Batches
 from counterpoint.train.method import Batch, Method
 from counterpoint.views import ImageViews
@@ -63,6 +64,7 @@ class CLIP(Method):
         objective: "clip_loss", or any other objective of two views by name ("info_nce" is images to captions only,
             "sigmoid_loss", "nt_xent", "dcl" ...).
         duplicates: "negatives", or "masked": pairs with equal captions do not count as negatives.
+        mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
         views: the random views of the images.
         pretrained: start the image tower from timm's pretrained weights.
     """
@@ -80,6 +82,7 @@ class CLIP(Method):
         temperature: float | None = None,
         objective: str = "clip_loss",
         duplicates: Literal["negatives", "masked"] = "negatives",
+        mixing: tuple[Mixing, ...] = (),
         views: ImageViews = VIEWS,
         pretrained: bool = False,
     ):
@@ -93,6 +96,7 @@ class CLIP(Method):
         self.logit_scale = nn.Parameter(torch.tensor(min(math.log(scale), MOST_SCALE)))
         self.views = replace(views, size=self.image_size)
         self.objective, self.duplicates = contrast.objective(objective), duplicates
+        self.mixing = Mixed(mixing, self.encoder.dim, type(self).__name__)
         if duplicates not in ("negatives", "masked"):
             raise InputError(f'duplicates must be "negatives" or "masked", not "{duplicates}"')
         if duplicates == "masked" and "ignore" not in inspect.signature(self.objective).parameters:
@@ -130,7 +134,8 @@ class CLIP(Method):
         text = self.encoder.text(ids, mask)
         self.watch(image, text)
         options = {} if self.duplicates == "negatives" else {"ignore": contrast.Same(caption, caption)}
-        return self.objective(image, text, temperature=self.temperature, **options)
+        pairs = self.mixing(contrast.Pairs.under(self.objective, image, text), self.current_epoch)
+        return pairs.loss(self.objective, temperature=self.temperature, **options)
 
     def after_step(self) -> None:
         with torch.no_grad():

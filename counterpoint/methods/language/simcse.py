@@ -13,6 +13,7 @@ from counterpoint.data import texts
 from counterpoint.data.images import chosen
 from counterpoint.encoders.text import Pooling, tanh_head, text
 from counterpoint.errors import InputError
+from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.views.text import stack
 
@@ -53,6 +54,7 @@ class SimCSE(Method):
         temperature: of the softmax.
         objective: "info_nce", or any other objective of two views by name ("nt_xent", "dcl", "clip_loss" ...); hard
             negatives need "info_nce".
+        mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
     """
 
     family = "sentences"
@@ -69,6 +71,7 @@ class SimCSE(Method):
         head: bool = True,
         temperature: float = 0.05,
         objective: str = "info_nce",
+        mixing: tuple[Mixing, ...] = (),
     ):
         super().__init__()
         self.encoder = text(encoder, pooling=pooling, layers=layers, dropout=dropout)
@@ -79,6 +82,7 @@ class SimCSE(Method):
             self.encoder.max_length = max_length
         self.head = tanh_head(self.encoder.dim) if head else torch.nn.Identity()
         self.objective, self.temperature = contrast.objective(objective), temperature
+        self.mixing = Mixed(mixing, self.encoder.dim, type(self).__name__)
 
     def read(
         self, data: Any, split: str = "train", *, limit: int | None = None, seed: int = 0, resident: bool | None = None
@@ -122,17 +126,9 @@ class SimCSE(Method):
         self, query: Tensor, key: Tensor, negatives: Sequence[Tensor] = (), earlier: Tensor | None = None
     ) -> Tensor:
         """The objective, with hard negatives [B, D] of the batch and keys [K, D] of earlier ones where there are any."""
-        options: dict[str, Any] = {}
-        if negatives:  # as further keys, so that they too meet the queries of every process
-            options["positives"] = torch.arange(len(query), device=query.device)
-            key = torch.cat([key, *negatives])
-        if earlier is not None and len(earlier):
-            options["negatives"] = earlier
-        if options and not takes_negatives(self.objective):
-            raise InputError(
-                f"further negatives need the objective info_nce; {self.objective.__name__} takes pairs only"
-            )
-        return self.objective(query, key, temperature=self.temperature, **options)
+        # given negatives as further keys, so that they too meet the queries of every process
+        pairs = contrast.Pairs.under(self.objective, query, torch.cat([key, *negatives]), negatives=earlier)
+        return self.mixing(pairs, self.current_epoch).loss(self.objective, temperature=self.temperature)
 
 
 def columns(batch: Batch) -> list[tuple[Tensor, Tensor]]:

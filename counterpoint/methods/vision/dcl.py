@@ -3,6 +3,7 @@
 from functools import partial
 
 from counterpoint import contrast
+from counterpoint.memory.mixing import Mixing
 from counterpoint.methods.vision.simclr import SimCLR
 from counterpoint.views import SIMCLR_SMALL, ImageViews
 
@@ -35,6 +36,7 @@ class DCL(SimCLR):
         temperature: of the softmax.
         weighted: DCLW instead of DCL.
         sigma: temperature of the DCLW weight.
+        mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
         views: the random views.
         pretrained: start from timm's pretrained weights.
     """
@@ -48,6 +50,7 @@ class DCL(SimCLR):
         temperature: float = 0.1,
         weighted: bool = False,
         sigma: float = 0.5,
+        mixing: tuple[Mixing, ...] = (),
         views: ImageViews = SIMCLR_SMALL,
         pretrained: bool = False,
     ):
@@ -57,6 +60,7 @@ class DCL(SimCLR):
             channels=channels,
             projection=projection,
             temperature=temperature,
+            mixing=mixing,
             views=views,
             pretrained=pretrained,
         )

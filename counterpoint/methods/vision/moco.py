@@ -7,6 +7,7 @@ from torch import Tensor
 
 from counterpoint import contrast, encoders, memory
 from counterpoint.encoders import heads
+from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.views import MOCO_V2, ImageViews
 
@@ -36,6 +37,7 @@ class MoCo(Method):
         temperature: of the softmax.
         queue: number of keys kept.
         momentum: of the key encoder.
+        mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
         views: the random views.
         pretrained: start from timm's pretrained weights.
     """
@@ -49,6 +51,7 @@ class MoCo(Method):
         temperature: float = 0.2,
         queue: int = 65536,
         momentum: float = 0.999,
+        mixing: tuple[Mixing, ...] = (),
         views: ImageViews = MOCO_V2,
         pretrained: bool = False,
     ):
@@ -59,6 +62,7 @@ class MoCo(Method):
         self.key_encoder = memory.MomentumEncoder(self.encoder, momentum)
         self.key_projector = memory.MomentumEncoder(self.projector, momentum)
         self.queue = memory.Queue(projection[1], queue)
+        self.mixing = Mixed(mixing, projection[1], type(self).__name__)
         self.views = replace(views, size=image_size)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -66,7 +70,8 @@ class MoCo(Method):
         with torch.no_grad():
             key = contrast.unit(self.key_projector(self.key_encoder(self.views(batch["image"])).pooled))
         self.watch(query, key)
-        loss = contrast.info_nce(query, key, negatives=self.queue.keys, in_batch=False, temperature=self.temperature)
+        pairs = self.mixing(contrast.Pairs(query, key, negatives=self.queue.keys, in_batch=False), self.current_epoch)
+        loss = pairs.loss(contrast.info_nce, temperature=self.temperature)
         self.queue.enqueue(key)
         return loss
 

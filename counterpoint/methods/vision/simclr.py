@@ -6,6 +6,7 @@ from torch import Tensor
 
 from counterpoint import contrast, encoders
 from counterpoint.encoders import heads
+from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.views import SIMCLR, ImageViews
 
@@ -33,6 +34,7 @@ class SimCLR(Method):
         projection: hidden and output width of the projector.
         temperature: of the softmax.
         objective: "nt_xent", or any other objective of two views by name ("dcl", "dclw", "info_nce", "sigmoid_loss").
+        mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
         views: the random views.
         pretrained: start from timm's pretrained weights.
     """
@@ -45,6 +47,7 @@ class SimCLR(Method):
         projection: tuple[int, int] = (2048, 128),
         temperature: float = 0.2,
         objective: str = "nt_xent",
+        mixing: tuple[Mixing, ...] = (),
         views: ImageViews = SIMCLR,
         pretrained: bool = False,
     ):
@@ -54,6 +57,7 @@ class SimCLR(Method):
         self.projector = heads.simclr_projector(self.encoder.dim, *projection)
         self.views = replace(views, size=image_size)
         self.objective, self.temperature = contrast.objective(objective), temperature
+        self.mixing = Mixed(mixing, projection[1], type(self).__name__)
 
     def project(self, images: Tensor) -> Tensor:
         return self.projector(self.encoder(images).pooled)
@@ -61,4 +65,5 @@ class SimCLR(Method):
     def loss(self, batch: Batch) -> Tensor:
         z1, z2 = self.project(self.views(batch["image"])), self.project(self.views(batch["image"]))
         self.watch(z1, z2)
-        return self.objective(z1, z2, temperature=self.temperature)
+        pairs = self.mixing(contrast.Pairs.under(self.objective, z1, z2), self.current_epoch)
+        return pairs.loss(self.objective, temperature=self.temperature)
