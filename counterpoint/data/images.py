@@ -60,6 +60,8 @@ class Images:
         name: where they come from, for messages and records ("cifar10/train", "photos")
         paths: file of each item, relative to its folder, when they came from files
         skipped: (file, reason) of what was left out
+        factors: what else is known of each image, by name: int64 [N] (another class) or float32 [N] (a measured value);
+            a batch holds each under its name
     """
 
     image: Tensor
@@ -68,6 +70,7 @@ class Images:
     name: str = "images"
     paths: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    factors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.image.dtype != torch.uint8 or self.image.ndim != 4:
@@ -75,6 +78,9 @@ class Images:
             raise InputError(f"{self.name}: images must be uint8 [N, C, H, W], got {self.image.dtype} {shape}")
         if self.label is not None and len(self.label) != len(self.image):
             raise InputError(f"{self.name} has {len(self.image):,} images but {len(self.label):,} labels")
+        for factor, values in self.factors.items():
+            if factor in ("image", "index", "label") or len(values) != len(self.image):
+                raise InputError(f"{self.name}: factor {factor} needs another name, or one value for each image")
 
     def __len__(self) -> int:
         return len(self.image)
@@ -89,14 +95,16 @@ class Images:
         return self.image.nbytes
 
     def take(self, index: Tensor) -> dict[str, Tensor]:
-        """A batch: image uint8 [B, C, H, W], index int64 [B], and label int64 [B] where there are labels."""
+        """A batch: image uint8 [B, C, H, W], index int64 [B], label int64 [B] where there are labels, and the factors."""
         batch = {"image": self.image[index], "index": index}
+        batch |= {name: values[index] for name, values in self.factors.items()}
         return batch if self.label is None else {**batch, "label": self.label[index]}
 
     def to(self, device: torch.device) -> Images:
         """The same images on another device."""
         label = None if self.label is None else self.label.to(device)
-        return replace(self, image=self.image.to(device), label=label)
+        factors = {name: values.to(device) for name, values in self.factors.items()}
+        return replace(self, image=self.image.to(device), label=label, factors=factors)
 
     def subset(self, index: Tensor | np.ndarray | Sequence[int] | slice) -> Images:
         """The items at `index` (positions, a boolean mask or a slice), in that order."""
@@ -109,6 +117,7 @@ class Images:
             image=self.image[at.to(self.image.device)],
             label=None if self.label is None else self.label[at.to(self.label.device)],
             paths=tuple(self.paths[i] for i in at.tolist()) if self.paths else (),
+            factors={name: values[at.to(values.device)] for name, values in self.factors.items()},
         )
 
     def split(self, fraction: float = 0.2, seed: int = 0) -> tuple[Images, Images]:

@@ -1,5 +1,14 @@
 """Evaluation: named protocols that say how good vectors are. Arrays in, a small result out; none trains an encoder."""
 
-from counterpoint.evaluate.protocols import Result, bootstrap, geometry, knn, linear_probe, one_shot, raw_pixels
+from counterpoint.evaluate.protocols import (
+    Result,
+    bootstrap,
+    geometry,
+    knn,
+    linear_probe,
+    one_shot,
+    raw_pixels,
+    ridge_probe,
+)
 
-__all__ = ["Result", "bootstrap", "geometry", "knn", "linear_probe", "one_shot", "raw_pixels"]
+__all__ = ["Result", "bootstrap", "geometry", "knn", "linear_probe", "one_shot", "raw_pixels", "ridge_probe"]

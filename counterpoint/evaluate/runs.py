@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
 from counterpoint.evaluate import image_text, ranking, texts
-from counterpoint.evaluate.protocols import Result, geometry, knn, linear_probe, one_shot, raw_pixels
+from counterpoint.evaluate.protocols import Result, geometry, knn, linear_probe, one_shot, raw_pixels, ridge_probe
 from counterpoint.train.method import Method
 from counterpoint.train.run import Run
 
@@ -98,9 +99,9 @@ def _images(
     other: bool,
     protocols: list[str] | None,
 ) -> list[Result]:
-    known = ("one-shot-20way", "knn-200-0.1", "linear-offline", "geometry")
+    known = ("one-shot-20way", "knn-200-0.1", "linear-offline", "ridge-offline", "geometry")
     for name in protocols or ():
-        if name not in known:
+        if name.partition(":")[0] not in known:
             raise InputError(f'no protocol named "{name}"; there are {", ".join(known)}')
     if source == "omniglot":
         found = list(_one_shot(subjects)) if wanted("one-shot-20way", protocols) else []
@@ -113,9 +114,12 @@ def _images(
         classes = 0 if train.label is None else len(train.label.unique())
         if classes == 1 and protocols is None:
             log.warning("all labels of %s are the same, so there is nothing to classify", train.name)
-        found = []
-        if classes > 1 or (classes == 1 and protocols is not None):
-            found += _classified(subjects, train, test, note, protocols)
+        classified = classes > 1 or (classes == 1 and protocols is not None)
+        vectors = []
+        if classified or train.factors:
+            vectors = [(subject, encode(train.image), encode(test.image)) for subject, encode in subjects]
+        found = list(_classified(vectors, train, test, note, protocols)) if classified else []
+        found += _factors(vectors, train, test, note, protocols)
         if wanted("geometry", protocols):
             found += list(_geometry(subjects, test, train.label is None))
         origin = note or "test items that training never saw"
@@ -162,9 +166,8 @@ def _one_shot(subjects: list[tuple[str, Encode]]) -> Iterator[Result]:
         yield one_shot(encode, runs, subject=subject)
 
 
-def _classified(subjects, train: Images, test: Images, note: str, protocols) -> Iterator[Result]:
+def _classified(vectors, train: Images, test: Images, note: str, protocols) -> Iterator[Result]:
     assert train.label is not None and test.label is not None
-    vectors = [(subject, encode(train.image), encode(test.image)) for subject, encode in subjects]
     for name, protocol in (("knn-200-0.1", knn), ("linear-offline", linear_probe)):
         if not wanted(name, protocols):
             continue
@@ -174,6 +177,18 @@ def _classified(subjects, train: Images, test: Images, note: str, protocols) -> 
             if note:
                 result.detail["note"] = note
             yield result
+
+
+def _factors(vectors, train: Images, test: Images, note: str, protocols) -> Iterator[Result]:
+    """What else is known of the images: a linear probe of each further class, a regression of each value."""
+    for factor, values in train.factors.items():
+        kind, probe = ("ridge-offline", ridge_probe) if values.is_floating_point() else ("linear-offline", linear_probe)
+        if not wanted(f"{kind}:{factor}", protocols):
+            continue
+        for subject, train_x, test_x in vectors:
+            found = probe(train_x, values, test_x, test.factors[factor], subject=subject)
+            note_too = {"note": note} if note else {}
+            yield replace(found, protocol=f"{kind}:{factor}", detail=found.detail | note_too)
 
 
 def _geometry(subjects, test: Images, unlabelled: bool) -> Iterator[Result]:

@@ -27,6 +27,7 @@ PROTOCOLS = {
     "one-shot": "each drawing goes to the nearest, by cosine, of 20 characters seen once",
     "knn": "each test item is named by a weighted vote of its nearest training items, by cosine",
     "linear": "logistic regression on the frozen vectors, its strength chosen on a part of the training items",
+    "ridge": "ridge regression on the frozen vectors, its penalty chosen on a part of the training items; lower is better",
 }
 
 

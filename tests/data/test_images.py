@@ -560,3 +560,15 @@ def test_every_public_file_has_a_checksum_and_an_original_source():
     assert len(sources.SHA256) == 9
     for url, digest in sources.SHA256.items():
         assert url.startswith("http") and len(bytes.fromhex(digest)) == 32
+
+
+def test_factors_travel_with_their_images():
+    pixels = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 1, 2, 2)
+    images = Images(pixels, factors={"angle": torch.arange(6.0), "shape": torch.arange(6) % 2})
+    some = images.subset(torch.tensor([4, 1])).to(torch.device("cpu")).channels(3)
+    batch = some.take(torch.tensor([1]))
+    assert batch["angle"].tolist() == [1.0] and batch["shape"].tolist() == [1]
+    with pytest.raises(InputError, match="factor angle"):
+        Images(pixels, factors={"angle": torch.arange(5.0)})
+    with pytest.raises(InputError, match="factor label"):
+        Images(pixels, factors={"label": torch.arange(6)})

@@ -9,7 +9,7 @@ import torch
 
 from counterpoint.data.omniglot import Runs
 from counterpoint.errors import InputError
-from counterpoint.evaluate import Result, bootstrap, geometry, knn, linear_probe, one_shot, protocols
+from counterpoint.evaluate import Result, bootstrap, geometry, knn, linear_probe, one_shot, protocols, ridge_probe
 
 
 def blobs(n, classes=4, dim=16, noise=1.0, seed=0):
@@ -273,3 +273,23 @@ def test_geometry_of_known_shapes():
         geometry(square, square[:3])
     with pytest.raises(InputError, match="NaN"):
         geometry(square * float("nan"))
+
+
+def test_ridge_reads_a_linear_value_and_nothing_from_noise():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(400, 6)).astype(np.float32)
+    y = 3 * x[:, 0] - 2 * x[:, 3] + 10
+    found = ridge_probe(x[:300], y[:300], x[300:], y[300:])
+    assert found.value < 0.05 and found.detail["spearman"] > 0.999 and found.protocol == "ridge-offline"
+    noise = ridge_probe(x[:300], random.permutation(y[:300]), x[300:], y[300:])
+    assert noise.value > 0.9 * noise.detail["guess"] and noise.detail["penalty"] > found.detail["penalty"]
+
+
+def test_ridge_names_what_it_cannot_use():
+    x, y = np.zeros((10, 2), np.float32), np.arange(10.0)
+    with pytest.raises(InputError, match="one finite value for each item"):
+        ridge_probe(x, y * np.nan, x, y)
+    with pytest.raises(InputError, match="one finite value for each item"):
+        ridge_probe(x, y[:4], x, y)
+    with pytest.raises(InputError, match="at least five"):
+        ridge_probe(x[:4], y[:4], x, y)

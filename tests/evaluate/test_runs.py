@@ -176,3 +176,16 @@ def test_characters_are_tested_one_shot(tmp_path):
     assert len(np.unique(gallery["label"])) == 40 and len(gallery["vector"]) == len(gallery["image"]) == 800
     with pytest.raises(InputError, match=r"knn-200-0\.1 does not fit omniglot"):
         evaluate(run, protocols=["knn-200-0.1"])
+
+
+def test_factors_are_probed_by_their_kind(tmp_path):
+    angle = torch.arange(40) / 40
+    pixels = (255 * angle).to(torch.uint8)[:, None, None, None].expand(40, 3, 16, 16)
+    data = Images(pixels, factors={"angle": angle, "half": (angle > 0.5).long()}, name="made")
+    found = evaluate(train(data, tmp_path), data)
+    by = {(result.protocol, result.subject): result.value for result in found}
+    assert by["ridge-offline:angle", "raw pixels"] < 0.02
+    assert by["linear-offline:half", "raw pixels"] > 80
+    assert {protocol for protocol, _ in by} == {"ridge-offline:angle", "linear-offline:half", "geometry"}
+    only = evaluate(train(data, tmp_path / "b"), data, protocols=["ridge-offline:angle"])
+    assert {result.protocol for result in only} == {"ridge-offline:angle"}
