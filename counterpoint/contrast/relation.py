@@ -29,6 +29,10 @@ class Relation(ABC):
         """Write `value` into `tile` (the entries of ``rows x columns``) wherever the relation holds."""
         return tile.masked_fill_(self.holds(rows, columns), value)
 
+    def window(self, rows: slice, columns: slice) -> "Relation":
+        """The relation between these rows and columns alone, which it numbers from 0."""
+        return Window(self, rows.start, columns.start)
+
     def __or__(self, other: "Relation") -> "Relation":
         return Either(self, other)
 
@@ -63,6 +67,11 @@ class Listed(Relation):
         tile[row, here[row, place] - columns.start] = value
         return tile
 
+    def window(self, rows: slice, columns: slice) -> Relation:
+        here = self.index[rows]
+        inside = (here >= columns.start) & (here < columns.stop)
+        return Listed(torch.where(inside, here - columns.start, -1))
+
 
 class Same(Relation):
     """Row i relates to column j when ``row_ids[i] == column_ids[j]`` (labels, clusters, sample ids)."""
@@ -72,6 +81,9 @@ class Same(Relation):
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.row_ids[rows, None] == self.column_ids[None, columns]
+
+    def window(self, rows: slice, columns: slice) -> Relation:
+        return Same(self.row_ids[rows], self.column_ids[columns])
 
 
 class Mask(Relation):
@@ -83,6 +95,9 @@ class Mask(Relation):
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.matrix[rows, columns]
+
+    def window(self, rows: slice, columns: slice) -> Relation:
+        return Mask(self.matrix[rows, columns])
 
 
 class Either(Relation):
@@ -97,6 +112,9 @@ class Either(Relation):
     def fill_(self, tile: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
         return self.second.fill_(self.first.fill_(tile, rows, columns, value), rows, columns, value)
 
+    def window(self, rows: slice, columns: slice) -> Relation:
+        return Either(self.first.window(rows, columns), self.second.window(rows, columns))
+
 
 class Both(Relation):
     """Pairs in both relations."""
@@ -106,6 +124,9 @@ class Both(Relation):
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.first.holds(rows, columns) & self.second.holds(rows, columns)
+
+    def window(self, rows: slice, columns: slice) -> Relation:
+        return Both(self.first.window(rows, columns), self.second.window(rows, columns))
 
 
 class Transposed(Relation):
@@ -118,6 +139,9 @@ class Transposed(Relation):
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return self.inner.holds(columns, rows).T
 
+    def window(self, rows: slice, columns: slice) -> Relation:
+        return Transposed(self.inner.window(columns, rows))
+
 
 class Not(Relation):
     """Pairs outside a relation."""
@@ -128,6 +152,22 @@ class Not(Relation):
 
     def holds(self, rows: slice, columns: slice) -> Tensor:
         return ~self.inner.holds(rows, columns)
+
+    def window(self, rows: slice, columns: slice) -> Relation:
+        return Not(self.inner.window(rows, columns))
+
+
+class Window(Relation):
+    """A relation seen from row `top` and column `left` on."""
+
+    def __init__(self, inner: Relation, top: int, left: int):
+        self.inner, self.top, self.left = inner, top, left
+
+    def holds(self, rows: slice, columns: slice) -> Tensor:
+        return self.inner.holds(
+            slice(rows.start + self.top, rows.stop + self.top),
+            slice(columns.start + self.left, columns.stop + self.left),
+        )
 
 
 def pack(relation: Relation | None) -> tuple[str, list[Tensor]]:

@@ -535,7 +535,7 @@ def test_a_visit_sees_its_window_of_a_relation():
     turned = Transposed(Mask(draw(m, n, seed=7) > 0.5))
     for whole in (listed, labels, turned, Odd(), labels | listed, labels & ~turned, ~(listed | Odd())):
         everything = whole.holds(slice(0, n), slice(0, m))
-        window = ring._window(whole, slice(2, 8), slice(3, 10))
+        window = whole.window(slice(2, 8), slice(3, 10))
         assert torch.equal(window.holds(slice(0, 6), slice(0, 7)), everything[2:8, 3:10])
         assert torch.equal(window.holds(slice(1, 5), slice(2, 6)), everything[3:7, 5:9])
         assert torch.equal(window.fill_(torch.zeros(4, 4), slice(1, 5), slice(2, 6), 1.0).bool(), everything[3:7, 5:9])

@@ -102,7 +102,7 @@ def log_sum_exp(
         InputError: shapes that do not fit together, or an executor that cannot do this.
     """
     query, key, scale, log_weight = _operands(query, key, temperature, log_weight)
-    name, precision = _executor(query, key, without, columns)
+    name, precision = which(query, key, without, columns)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, scale, log_weight))
     how = columns and key is not None, keep, name, precision
     if torch.compiler.is_compiling():
@@ -158,11 +158,11 @@ def softplus_sum(query: Tensor, key: Tensor, *, scale: float | Tensor = 1.0, bia
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     scale, bias = (torch.as_tensor(value, dtype=dtype, device=query.device).reshape(()) for value in (scale, bias))
-    return _softplus_sum(query, key, scale, bias, *_executor(query, key, None, False))
+    return _softplus_sum(query, key, scale, bias, *which(query, key, None, False))
 
 
-def _operands(query, key, temperature, log_weight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Checked, in at least float32, with the temperature as one factor (values per row go into the queries)."""
+def check(query: Tensor, key: Tensor | None, temperature: float | Tensor, log_weight: Tensor | None) -> None:
+    """Raises InputError when the operands of a reduction do not fit together."""
     wide = query if key is None else key
     if query.ndim != 2 or wide.ndim != 2 or query.shape[1] != wide.shape[1]:
         raise InputError(f"query and key must be [N, d] and [M, d], not {list(query.shape)} and {list(wide.shape)}")
@@ -170,19 +170,27 @@ def _operands(query, key, temperature, log_weight) -> tuple[Tensor, Tensor | Non
         raise InputError(f"log_weight must hold one value per key, [{len(wide)}], not {list(log_weight.shape)}")
     if isinstance(temperature, Tensor) and temperature.numel() not in (1, len(query)):
         raise InputError(f"temperature must be one value or one per query ({len(query)}), not {temperature.numel()}")
+
+
+def scaled(query: Tensor, temperature: float | Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """The queries and one factor of all logits, at least float32: values per row go into the queries."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    query = query.to(dtype)
-    if key is None and log_weight is not None:
+    one = query.new_ones((), dtype=dtype)
+    if per_row:
+        return query.to(dtype) / torch.as_tensor(temperature, dtype=dtype, device=query.device).reshape(-1, 1), one
+    return query, one / (temperature.to(dtype).reshape(()) if isinstance(temperature, Tensor) else temperature)
+
+
+def _operands(query, key, temperature, log_weight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Checked, in at least float32, with the temperature as one factor."""
+    check(query, key, temperature, log_weight)
+    per_row = isinstance(temperature, Tensor) and temperature.ndim > 0 and temperature.numel() > 1
+    if key is None and (per_row or log_weight is not None):
         key = query
-    scale = query.new_ones(())
-    if isinstance(temperature, Tensor) and temperature.ndim > 0 and temperature.numel() > 1:
-        if key is None:
-            key = query
-        query = query / temperature.reshape(-1, 1).to(dtype)
-    else:
-        scale = scale / temperature.to(dtype).reshape(()) if isinstance(temperature, Tensor) else scale / temperature
+    query, scale = scaled(query, temperature, per_row)
+    dtype = scale.dtype
     return (
-        query,
+        query.to(dtype),
         None if key is None else key.to(dtype),
         scale,
         None if log_weight is None else log_weight.to(dtype),
@@ -199,7 +207,7 @@ def _triton() -> ModuleType | None:
     return triton
 
 
-def _executor(query: Tensor, key: Tensor | None, without: Relation | None, columns: bool) -> tuple[str, str]:
+def which(query: Tensor, key: Tensor | None, without: Relation | None, columns: bool) -> tuple[str, str]:
     """Which executor computes this, and in which precision it multiplies ("" is that of its operands).
 
     Raises:
@@ -224,20 +232,21 @@ def _narrow(x: Tensor | None, precision: str) -> Tensor | None:
 
 def _gpu() -> ModuleType:
     found = _triton()
-    assert found is not None  # `_executor` has asked
+    assert found is not None  # `which` has asked
     return found
 
 
-def _forward(query, key, scale, log_weight, without, columns, keep, executor, precision) -> Any:
-    """Row and column results, and what `_backward` may go on with; None where there is none."""
+def forward(query, key, scale, log_weight, without, columns, keep, executor, precision) -> Any:
+    """Row and column results, and what `backward` may go on with; None where there is none."""
     with torch.autocast(query.device.type, enabled=False):
         if executor == "triton":
             q, k = _narrow(query, precision), _narrow(key, precision)
             return *_gpu().forward(q, k, scale, log_weight, without, columns), None
+        query, key = query.to(scale.dtype), None if key is None else key.to(scale.dtype)
         return blocked.forward(query, key, scale, log_weight, without, columns, keep)
 
 
-def _backward(
+def backward(
     query,
     key,
     scale,
@@ -257,14 +266,15 @@ def _backward(
     with torch.autocast(query.device.type, enabled=False):
         if executor == "triton":  # gradients in full precision: what attracts and what repels nearly cancel
             q, k = _narrow(query, precision), _narrow(key, precision)
-            return _gpu().backward(q, k, *rest, want_key=want_key, dtype=query.dtype)
+            return _gpu().backward(q, k, *rest, want_key=want_key, dtype=scale.dtype)
+        query, key = query.to(scale.dtype), None if key is None else key.to(scale.dtype)
         return blocked.backward(query, key, *rest, kept=kept, want_key=want_key)
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, scale, log_weight, without, columns, keep, *how):
-        row, column, kept = _forward(query, key, scale, log_weight, without, columns, keep, *how)
+        row, column, kept = forward(query, key, scale, log_weight, without, columns, keep, *how)
         ctx.save_for_backward(query, key, scale, log_weight, row, column, kept)
         ctx.without, ctx.how = without, how
         return row, column
@@ -275,7 +285,7 @@ class _LogSumExp(torch.autograd.Function):
         query, key, scale, log_weight, row, column, kept = ctx.saved_tensors
         operands = (query, key, scale, log_weight)
         want = [need and x is not None for need, x in zip(ctx.needs_input_grad, operands, strict=False)]
-        gradients = _backward(
+        gradients = backward(
             *operands, ctx.without, row, column, row_gradient, column_gradient, kept, want[1], *ctx.how
         )
         found = (gradient if wanted else None for gradient, wanted in zip(gradients, want, strict=True))
@@ -296,7 +306,7 @@ def _log_sum_exp(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     without = unpack(form, relation)
-    found = _forward(query, key, scale, log_weight, without, columns, keep, executor, precision)
+    found = forward(query, key, scale, log_weight, without, columns, keep, executor, precision)
     row, column, kept = (query.new_empty(0) if part is None else part for part in found)
     return row, column, kept
 
@@ -326,7 +336,7 @@ def _log_sum_exp_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     known = (row, column, row_gradient, column_gradient, kept if len(kept) else None)
-    gradients = _backward(query, key, scale, log_weight, unpack(form, relation), *known, want_key, executor, precision)
+    gradients = backward(query, key, scale, log_weight, unpack(form, relation), *known, want_key, executor, precision)
     query_gradient, key_gradient, scale_gradient, weight_gradient = (
         row.new_empty(0) if gradient is None else gradient for gradient in gradients
     )

@@ -13,7 +13,7 @@ A visit is computed by the executor that `reduction` would take, so the arithmet
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,33 +21,9 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from counterpoint.contrast.distributed import rank, world_size
-from counterpoint.contrast.kernels import blocked, reduction
-from counterpoint.contrast.relation import Both, Either, Listed, Mask, Not, Relation, Same, Transposed
+from counterpoint.contrast.kernels import reduction
+from counterpoint.contrast.relation import Relation
 from counterpoint.errors import InputError
-
-
-@overload
-def log_sum_exp(
-    query: Tensor,
-    key: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 1.0,
-    without: Relation | None = None,
-    log_weight: Tensor | None = None,
-    columns: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def log_sum_exp(
-    query: Tensor,
-    key: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 1.0,
-    without: Relation | None = None,
-    log_weight: Tensor | None = None,
-    columns: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
 
 
 def log_sum_exp(
@@ -58,7 +34,7 @@ def log_sum_exp(
     without: Relation | None = None,
     log_weight: Tensor | None = None,
     columns: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     r"""Log-sum-exp of the similarities between this rank's queries and the keys of all ranks.
 
     .. math:: \text{row}_i = \log \sum_{j \notin \text{without}(i)} W_j \exp(\langle q_i, k_j \rangle / \tau_i)
@@ -83,24 +59,15 @@ def log_sum_exp(
     Raises:
         InputError: shapes that do not fit together, on this rank or between ranks.
     """
+    reduction.check(query, key, temperature, log_weight)
     wide = query if key is None else key
-    if query.ndim != 2 or wide.ndim != 2 or query.shape[1] != wide.shape[1]:
-        raise InputError(f"query and key must be [N, d] and [M, d], not {list(query.shape)} and {list(wide.shape)}")
-    if log_weight is not None and log_weight.shape != wide.shape[:1]:
-        raise InputError(f"log_weight must hold one value per key, [{len(wide)}], not {list(log_weight.shape)}")
-    if isinstance(temperature, Tensor) and temperature.numel() not in (1, len(query)):
-        raise InputError(f"temperature must be one value or one per query ({len(query)}), not {temperature.numel()}")
     several = isinstance(temperature, Tensor) and temperature.numel() > 1
     ring = _meet(wide, (key is not None, log_weight is not None, columns), several)
     if not ring.half:
         key = wide
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = query.new_ones((), dtype=dtype)
-    if ring.per_row:  # decided together: one row has one temperature either way
-        query = query.to(dtype) / torch.as_tensor(temperature, dtype=dtype, device=query.device).reshape(-1, 1)
-    else:
-        scale = scale / temperature.to(dtype).reshape(()) if isinstance(temperature, Tensor) else scale / temperature
-    log_weight = None if log_weight is None else log_weight.to(dtype)
+    # decided together: one row has one temperature either way
+    query, scale = reduction.scaled(query, temperature, ring.per_row)
+    log_weight = None if log_weight is None else log_weight.to(scale.dtype)
     row, column = _RingLogSumExp.apply(query, key, scale, log_weight, without, columns and key is not None, ring)
     if not columns:
         return row
@@ -138,19 +105,6 @@ class _Ring(NamedTuple):
         if self.rank < owner:
             return slice(0, (n + 1) // 2), slice(0, m)
         return slice(0, n), slice((m + 1) // 2, m)
-
-
-class _Window(Relation):
-    """A relation of a kind unknown here, seen from row `top` and column `left` on."""
-
-    def __init__(self, inner: Relation, top: int, left: int):
-        self.inner, self.top, self.left = inner, top, left
-
-    def holds(self, rows: slice, columns: slice) -> Tensor:
-        return self.inner.holds(
-            slice(rows.start + self.top, rows.stop + self.top),
-            slice(columns.start + self.left, columns.stop + self.left),
-        )
 
 
 class _RingLogSumExp(torch.autograd.Function):
@@ -293,7 +247,7 @@ def _visit(
         query[rows],
         block[0][columns],
         block[1][columns] if weighted else None,
-        None if without is None else _window(without, rows, there),
+        None if without is None else without.window(rows, there),
     )
 
 
@@ -305,42 +259,20 @@ def _block(query: Tensor, key: Tensor | None, log_weight: Tensor | None) -> list
 
 def _forward(query, key, scale, log_weight, without, columns) -> tuple[Tensor, Tensor | None]:
     """Row and column log-sum-exp of one rectangle (without a key: of the triangle), by the executor that fits it."""
-    if reduction._executor(query, key, without, columns)[0] == "triton":
-        return reduction._gpu().forward(query, key, scale, log_weight, without, columns)
-    query, key = query.to(scale.dtype), None if key is None else key.to(scale.dtype)
-    return blocked.forward(query, key, scale, log_weight, without, columns)[:2]
+    name, _ = reduction.which(query, key, without, columns)
+    row, column, _ = reduction.forward(query, key, scale, log_weight, without, columns, False, name, "")
+    return row, column
 
 
 def _backward(
     query, key, scale, log_weight, without, row, column, row_gradient, column_gradient, *, want_key
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """What that rectangle adds to the gradients of query, key, scale and log_weight; `row` and `column` are whole."""
-    rest = (scale, log_weight, without, row, column, row_gradient, column_gradient)
-    if reduction._executor(query, key, without, column is not None)[0] == "triton":
-        return reduction._gpu().backward(query, key, *rest, want_key=want_key, dtype=scale.dtype)
-    query, key = query.to(scale.dtype), None if key is None else key.to(scale.dtype)
-    return blocked.backward(query, key, *rest, want_key=want_key)
-
-
-def _window(relation: Relation, rows: slice, columns: slice) -> Relation:
-    """A relation between these rows and columns alone, which it numbers from 0."""
-    match relation:
-        case Listed(index=index):
-            inside = (index[rows] >= columns.start) & (index[rows] < columns.stop)
-            return Listed(torch.where(inside, index[rows] - columns.start, -1))
-        case Same(row_ids=row_ids, column_ids=column_ids):
-            return Same(row_ids[rows], column_ids[columns])
-        case Mask(matrix=matrix):
-            return Mask(matrix[rows, columns])
-        case Either(first=first, second=second):
-            return Either(_window(first, rows, columns), _window(second, rows, columns))
-        case Both(first=first, second=second):
-            return Both(_window(first, rows, columns), _window(second, rows, columns))
-        case Transposed(inner=inner):
-            return Transposed(_window(inner, columns, rows))
-        case Not(inner=inner):
-            return Not(_window(inner, rows, columns))
-    return _Window(relation, rows.start, columns.start)
+    name, _ = reduction.which(query, key, without, column is not None)
+    known = (row, column, row_gradient, column_gradient, None, want_key, name, "")
+    found: tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+    found = reduction.backward(query, key, scale, log_weight, without, *known)
+    return found
 
 
 def _turn(
