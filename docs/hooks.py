@@ -6,7 +6,7 @@ MkDocs calls the `on_*` functions. Nothing here needs the network, and pages loa
 - A line ``<!-- methods -->`` becomes the table of methods.
 - ``$...$`` and ``$$...$$`` become MathML.
 - A line ``<!-- comparisons -->`` becomes a table for every record in ``results/comparisons/``.
-- A line ``<!-- contrast_cpu -->`` becomes the table of ``results/benchmarks/contrast_cpu.json``.
+- A line ``<!-- benchmark NAME -->`` becomes what ``results/benchmarks/NAME.json`` holds, as a table (and curves).
 - A line ``<!-- study SLUG: METRIC, METRIC -->`` becomes a table of these means, one row an arm of that study's record.
 - ``methods/`` gets an index and one page for every method that is ready.
 """
@@ -56,7 +56,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill in reference sections and tables, then set formulas aside, where Markdown cannot touch them."""
     markdown = re.sub(r"^<!-- methods -->$", lambda _: _methods_table("methods/"), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- comparisons -->$", lambda _: _comparisons(), markdown, flags=re.M)
-    markdown = re.sub(r"^<!-- contrast_cpu -->$", lambda _: _contrast_cpu(), markdown, flags=re.M)
+    markdown = re.sub(r"^<!-- benchmark (\w+) -->$", lambda found: _benchmark(found[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- study (\S+): (.+) -->$", lambda found: _arms(found[1], found[2]), markdown, flags=re.M)
     markdown = re.sub(r"^::: ([\w.]+)$", lambda found: _reference(found[1]), markdown, flags=re.M)
     formulas: list[str] = []
@@ -305,15 +305,21 @@ def _study(study: dict[str, Any]) -> list[str]:
     return said
 
 
-def _contrast_cpu() -> str:
+def _benchmark(name: str) -> str:
+    record = results.read(results.folder() / "benchmarks" / f"{name}.json")
+    shown = {"contrast_cpu": _contrast_cpu, "ring": _ring, "training_step": _training_step}
+    return "*Not measured yet.*" if record is None else shown[name](record)
+
+
+def _contrast_cpu(record: dict[str, Any]) -> str:
     """Our losses beside those of other libraries, as measured in one run."""
-    record = results.read(results.folder() / "benchmarks" / "contrast_cpu.json")
-    if record is None:
-        return "*Not measured yet.*"
     ratio = {(r["form"], r["n"], r["d"], r["against"]): r["times"] for r in record["ratios"]}
-    rows = ["| loss | pairs | library | seconds | extra memory, MB | ours is faster by |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| loss | pairs | d | library | seconds | extra memory, MB | ours is faster by |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in record["rows"]:
-        head = f"| {row['form']} | {row['n']:,} | {row['name']} "
+        head = f"| {row['form']} | {row['n']:,} | {row['d']} | {row['name']} "
         if "left_out" in row:
             rows.append(f"{head}| {row['left_out']} | | |")
             continue
@@ -322,9 +328,74 @@ def _contrast_cpu() -> str:
             f"{head}| {row['seconds']:.4f} | {row['extra_mb']:,.0f} | {'' if times is None else f'{times:.2f}'} |"
         )
     about = record["environment"]
+    said = f"Measured with {about['threads']} threads, torch {about['torch']}. Curves: 128 dimensions."
+    return f"{said}\n\n{_curves(record['rows'])}\n\n" + "\n".join(rows)
+
+
+def _curves(rows: list[dict[str, Any]]) -> str:
+    """Time and memory over the number of pairs, one panel a loss, as an inline picture."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in rows if "seconds" in row and row["d"] == 128]
+    forms = list(dict.fromkeys(row["form"] for row in measured))
+    names = list(dict.fromkeys(row["name"] for row in measured))
+    colours = dict(zip(names, ["#b03a2e", *pyplot.get_cmap("tab10").colors], strict=False))
+    figure, panels = pyplot.subplots(2, len(forms), figsize=(2.6 * len(forms), 5.2), sharex=True, sharey="row")
+    for column, form in enumerate(forms):
+        for axis, key in zip(panels[:, column], ("seconds", "extra_mb"), strict=True):
+            for name in names:
+                points = [(row["n"], row[key]) for row in measured if (row["form"], row["name"]) == (form, name)]
+                if points:
+                    ours = name == "counterpoint"
+                    axis.plot(
+                        *zip(*points, strict=True), "o-", color=colours[name], lw=2.4 if ours else 1.2, ms=3, label=name
+                    )
+            axis.set(xscale="log", yscale="log")
+            axis.grid(alpha=0.25)
+        panels[0, column].set_title(form, fontsize=10)
+        panels[1, column].set_xlabel("pairs")
+    panels[0, 0].set_ylabel("seconds")
+    panels[1, 0].set_ylabel("extra memory, MB")
+    handles = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    pyplot.close(figure)
+    picture = drawn.getvalue()
+    return '<div class="figure">' + picture[picture.index("<svg") :].replace("\n", " ") + "</div>"
+
+
+def _ring(record: dict[str, Any]) -> str:
+    rows = [
+        "| loss | pairs | how | seconds | over half of one process | MB sent by each |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        sent = f"{row['sent_bytes'] / 1e6:.1f}" if row["sent_bytes"] else ""
+        rows.append(f"| {row['loss']} | {row['pairs']:,} | {row['form']} | {row['seconds']:.2f} | {ratio} | {sent} |")
+    return "\n".join(rows)
+
+
+def _training_step(record: dict[str, Any]) -> str:
+    rows = ["| what | items per second | runs |", "|---|---|---|"]
+    for name, cell in record["cells"].items():
+        if "items_per_second" in cell:
+            rows.append(f"| {name} | {cell['items_per_second']:,.0f} | {cell['runs']} |")
+    start = record["cells"]["start-up"]
+    share = record["cells"]["simclr ours"].get("share_of_views")
     return (
-        f"Measured with {about['threads']} threads, {record['rows'][0]['d']} dimensions, torch {about['torch']}.\n\n"
-        + "\n".join(rows)
+        "\n".join(rows)
+        + f"\n\n`import counterpoint` takes {start['import_seconds']:.2f} s, a first training step is done "
+        f"{start['first_step_seconds']:.1f} s after the command"
+        + (f", and views take {share:.0%} of a SimCLR step" if share else "")
+        + f" ({record['environment']['threads']} threads, torch {record['environment']['torch']})."
     )
 
 
