@@ -1,7 +1,6 @@
 """The command line, end to end on tiny data: every command, every exit status, no traceback for bad input."""
 
 import json
-import logging
 import os
 import re
 import signal
@@ -24,15 +23,6 @@ from counterpoint.train import Method, Run
 from counterpoint.views import BYOL_1, HANDWRITING, SIMCLR
 
 SMALL = ["--encoder", "convnet-4", "--projection", "[16, 8]", "--batch_size", "8", "--progress", "false"]
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """The command line turns the log on for its process, which here is everybody's."""
-    log = logging.getLogger("counterpoint")
-    level = log.level
-    yield
-    log.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

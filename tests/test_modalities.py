@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from counterpoint import cli, contrast
@@ -55,7 +54,7 @@ TRAININGS = {
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_dcl_takes_the_place_of_any_objective(name, data, monkeypatch, quiet_log):
+def test_dcl_takes_the_place_of_any_objective(name, data, monkeypatch, one_thread):
     """Not only the configuration says so: the function of that name computes each step's loss, and no other does."""
     if name in ("simcse", "clip"):
         pytest.importorskip("transformers")
@@ -82,7 +81,7 @@ def test_dcl_takes_the_place_of_any_objective(name, data, monkeypatch, quiet_log
     np.testing.assert_allclose(recorded, seen, rtol=1e-5, atol=1e-6)
 
 
-def test_the_objective_is_what_differs(data, quiet_log):
+def test_the_objective_is_what_differs(data, one_thread):
     """Same seed, same data: the first batch's loss under each name is that function of the very same embeddings."""
     found = {}
     for name in ("nt_xent", "dcl"):
@@ -94,15 +93,3 @@ def test_the_objective_is_what_differs(data, quiet_log):
         found[name] = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert found["nt_xent"]["positive"] == found["dcl"]["positive"]  # the same pairs
     assert found["nt_xent"]["loss"] > found["dcl"]["loss"]  # the positive is gone from a sum of positive terms
-
-
-@pytest.fixture
-def quiet_log():
-    """The command line turns the log on for its process, which here is everybody's."""
-    import logging
-
-    log = logging.getLogger("counterpoint")
-    level, threads = log.level, torch.get_num_threads()
-    yield
-    log.setLevel(level)
-    torch.set_num_threads(threads)

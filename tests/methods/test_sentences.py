@@ -24,12 +24,7 @@ SENTENCES = [f"{who} {what} {where}." for who in ("A dog", "The cats", "Anna") f
 TRIPLES = [(s, s.lower() + " indeed", "not " + s) for s in SENTENCES]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(cls=SimCSE, seed=0, **options):

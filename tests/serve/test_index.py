@@ -1,7 +1,6 @@
 """The index against brute force, what it refuses, how it survives, and the two commands on files and on runs."""
 
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -20,15 +19,6 @@ from counterpoint.methods.image_text.clip import CLIP
 from counterpoint.methods.language.simcse import SimCSE
 from counterpoint.methods.recommendation.sasrec import SASRec
 from counterpoint.serve.index import KINDS, METRICS, Index, Names, ask, of_file
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """The command line turns the log on for its process, which here is everybody's."""
-    log = logging.getLogger("counterpoint")
-    level = log.level
-    yield
-    log.setLevel(level)
 
 
 @pytest.fixture

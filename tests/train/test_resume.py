@@ -1,7 +1,6 @@
 """Stopped or killed, then resumed, equals uninterrupted: bit for bit."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -12,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+import counterpoint.methods.vision.amcl as amcl
+import counterpoint.methods.vision.barlow_twins as barlow_twins
 import counterpoint.methods.vision.byol as byol
+import counterpoint.methods.vision.cacr as cacr
 import counterpoint.methods.vision.dcl as dcl
 import counterpoint.methods.vision.moco as moco
+import counterpoint.methods.vision.pixpro as pixpro
 import counterpoint.methods.vision.simclr as simclr
 import counterpoint.methods.vision.simsiam as simsiam
 from counterpoint import cli
+from counterpoint.encoders.several import AdaptiveHeads
 from counterpoint.errors import InputError
 from counterpoint.train import Method, Run, fit, resume
 from counterpoint.train.checkpoint import load_state
@@ -25,21 +29,7 @@ from counterpoint.train.checkpoint import load_state
 EPOCHS, BATCHES = 3, 5  # 42 images in batches of 8: five batches, two images left out
 
 
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """The command line turns the log on for its process, which here is everybody's."""
-    log = logging.getLogger("counterpoint")
-    level = log.level
-    yield
-    log.setLevel(level)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -110,6 +100,12 @@ CASES = {
     "moco": (moco.MoCo, {"queue": 20, "momentum": 0.9}, {}),
     "byol": (byol.BYOL, {"momentum": 0.9}, {"optimizer": "adamw", "lr": 0.003}),
     "simsiam": (simsiam.SimSiam, {"bottleneck": 4}, {"optimizer": "lars", "lr": 0.5}),
+    "cacr": (cacr.CACR, {"positives": 2}, {}),
+    "cacr with a queue": (cacr.CACR, {"positives": 2, "queue": 20, "momentum": 0.9}, {}),
+    "pixpro": (pixpro.PixPro, {"instance": 1.0, "momentum": 0.9}, {"optimizer": "adamw", "lr": 0.003}),
+    "barlow twins": (barlow_twins.BarlowTwins, {}, {}),
+    "amcl": (amcl.AMCL, {"count": 2}, {"optimizer": "adamw", "lr": 0.003}),
+    "adaptive heads": (moco.MoCo, {"queue": 20, "heads": AdaptiveHeads(2, hardest=2)}, {}),
     "accumulated": (moco.MoCo, {"queue": 20}, {"accumulate": 2}),
 }
 
