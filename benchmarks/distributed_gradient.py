@@ -28,7 +28,13 @@ from torch import Tensor, distributed
 
 from counterpoint import contrast
 from counterpoint.atomic import writing
+from counterpoint.contrast import attraction
+from counterpoint.contrast.adaptive import adaptive_contrast
 from counterpoint.contrast.distributed import exchange, gather, gather_plain
+from counterpoint.contrast.focal import focal_sup_con
+from counterpoint.contrast.regression import Shift, supremix
+from counterpoint.contrast.spectral import spectral_contrastive
+from counterpoint.contrast.subspace import partner_loss
 
 OUT = Path(__file__).parent.parent / "results" / "benchmarks" / "distributed_gradient.json"
 SIZES = ([5, 3], [4, 1, 3, 2])
@@ -60,6 +66,19 @@ def by_ring(loss: Callable[..., Tensor]) -> Callable[[Shard], Tensor]:
     return travelling
 
 
+def partners(s: Shard, **options: str) -> Tensor:
+    """Every class is to be close to the next one, in a subspace that depends on the item."""
+    gate = torch.sigmoid(s.z2)
+    return partner_loss(s.z1, s.z2, gate, s.labels, s.labels + 1, temperature=s.temperature, **options)
+
+
+def swapped(s: Shard, queue: Tensor | None = None) -> Tensor:
+    """Three views, of which two are assigned; the queue's rows are the prototypes, too."""
+    z, prototypes = contrast.unit(torch.stack([s.z1, s.z2, s.z1 - s.z2])), contrast.unit(s.queue)
+    codes = torch.stack([contrast.assign(view, prototypes, queue=queue, epsilon=0.2) for view in z[:2]])
+    return contrast.swapped_prediction(z @ prototypes.T, codes, temperature=s.temperature)
+
+
 def gather_alone(s: Shard) -> Tensor:
     """Not a contrast: own rows meet gathered rows, each with a factor for its place in the whole batch."""
     everyone, plain = gather(s.z1), gather_plain(s.z1)
@@ -68,6 +87,32 @@ def gather_alone(s: Shard) -> Tensor:
     assert everyone[1:] == plain[1:] and not plain.rows.requires_grad
     place = torch.arange(1, len(everyone.rows) + 1, dtype=s.z1.dtype).log()[:, None]
     return everyone.ranks * ((s.z1 * place[mine].exp()) @ (everyone.rows.sin() * place).T).sum()
+
+
+class Tempered(NamedTuple):
+    """A temperature that depends on the order of a pair and on the learned one."""
+
+    scale: Tensor
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.scale * (2 + (first * second).sum(-1) / 2 + first[..., 0] / 4)
+
+    def between(self, first: Tensor, second: Tensor) -> Tensor:
+        return self(first[:, None], second[None]).permute(2, 0, 1)
+
+
+def adaptive_heads(s: Shard) -> Tensor:
+    """Heads of one dimension would only have a sign: each gets the whole vector, turned."""
+    z1, z2 = (torch.cat([z.roll(c, 1) * (1 + z.square()) for c in range(OUTPUTS)], dim=1) for z in (s.z1, s.z2))
+    pairs = contrast.Pairs.under(contrast.nt_xent, z1, z2, negatives=s.queue.repeat(1, OUTPUTS))
+    return adaptive_contrast(pairs, Tempered(s.temperature), count=OUTPUTS, beta=0.3)
+
+
+def regression(s: Shard, shift: Shift) -> Tensor:
+    """Labels of few values and a wide window, so that every shard has anchors with mixed positives."""
+    features, value = torch.stack([s.z1, s.z2], dim=1), (s.labels % 4).double()
+    share = torch.full((2 * len(value), 2 * len(gather_plain(value).rows)), 0.3)
+    return supremix(features, value, temperature=s.temperature, share=share, window=3.0, shift=shift)
 
 
 def local_negatives(s: Shard) -> Tensor:
@@ -126,6 +171,19 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
         s.z1, s.z2, temperature=s.temperature, label_smoothing=0.2
     ),
     "sigmoid_loss": lambda s: contrast.sigmoid_loss(s.z1, s.z2, temperature=s.temperature, bias=s.bias),
+    "attraction": lambda s: attraction.attraction(torch.stack([s.z1, s.z2, s.z1 - s.z2])),
+    "repulsion": lambda s: attraction.repulsion(torch.stack([s.z1, s.z2, s.z1 - s.z2])),
+    "repulsion, even weights": lambda s: attraction.repulsion(torch.stack([s.z1, s.z2]), uniform=True),
+    "repulsion from queue and batch": lambda s: attraction.queue_repulsion(torch.stack([s.z1, s.z2]), s.queue),
+    "momentum_rbf": lambda s: attraction.momentum_rbf(torch.stack([s.z1, s.z1 - s.z2]), s.z2),
+    "momentum_euclidean": lambda s: attraction.momentum_euclidean(torch.stack([s.z1, s.z1 - s.z2]), s.z2),
+    **{
+        f"partner_loss, {variant}, by {reduction}": partial(partners, variant=variant, reduction=reduction)
+        for variant, reduction in (("gate_squared", "pair"), ("subspace", "row"))
+    },
+    "focal_sup_con": lambda s: focal_sup_con(
+        s.z1, torch.nn.functional.one_hot(s.labels, 100).to(s.z1.dtype), temperature=s.temperature
+    ),
     "clip_loss, equal captions ignored": lambda s: contrast.clip_loss(
         s.z1, s.z2, temperature=s.temperature, ignore=contrast.Same(s.labels, s.labels)
     ),
@@ -140,6 +198,13 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
             "clip_loss": contrast.clip_loss,
         }.items()
     },
+    "barlow_twins": lambda s: contrast.barlow_twins(s.z1, s.z2, weight=0.3),
+    "adaptive_contrast, five heads": adaptive_heads,
+    "swapped_prediction": swapped,
+    "swapped_prediction, with a queue": lambda s: swapped(s, contrast.unit(s.queue.flip(1))),
+    "supremix": partial(regression, shift="joint"),
+    "supremix, separate shifts": partial(regression, shift="separate"),
+    "spectral_contrastive": lambda s: spectral_contrastive(s.z1, s.z2, mu=0.5),
     "gather alone": gather_alone,
     "control: own negatives only": local_negatives,
     "control: gradient of others dropped": gradient_dropped,

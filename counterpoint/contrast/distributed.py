@@ -93,6 +93,24 @@ def gather_plain(local: Tensor) -> Gathered:
     return Gathered(_all_gather(local.detach(), sizes), sum(sizes[: rank()]), len(sizes))
 
 
+def sum_over_ranks(local: Tensor) -> Tensor:
+    """The sum of `local` over all ranks, with gradient: for statistics of the whole batch."""
+    return local if world_size() == 1 else _Total.apply(local)
+
+
+@torch.no_grad()
+def log_sum(local: Tensor) -> Tensor:
+    """``log sum_r exp(local_r)`` over ranks r, for each element, without gradient; -inf where a rank adds nothing."""
+    if world_size() == 1:
+        return local.detach()
+    peak = local.detach().clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    peak = peak.masked_fill(peak.isneginf(), 0)
+    total = (local.detach() - peak).exp()
+    dist.all_reduce(total)
+    return total.log() + peak
+
+
 def _sizes(n: int, device: torch.device) -> list[int]:
     sizes = torch.zeros(world_size(), dtype=torch.int64, device=device)
     sizes[rank()] = n
@@ -125,3 +143,17 @@ class _Gather(torch.autograd.Function):
         total = gradient.contiguous().clone()  # gloo has no reduce-scatter: sum everything, keep the own rows
         dist.all_reduce(total)
         return total.split(ctx.sizes)[rank()], None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local):
+        whole = local.clone()
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient):  # what every rank's loss says about the sum
+        whole = gradient.contiguous().clone()
+        dist.all_reduce(whole)
+        return whole

@@ -1,4 +1,4 @@
-"""How embeddings lie in space: close pairs, even spread, used dimensions."""
+"""How embeddings lie in space: close pairs, even spread, used dimensions, scores of positives and negatives."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from counterpoint.contrast.distributed import gather
 from counterpoint.contrast.kernels import log_sum_exp
 from counterpoint.contrast.relation import Listed
-from counterpoint.contrast.softmax import _check_matrix, _wide, reduce, unit
+from counterpoint.contrast.softmax import Temperature, _check_matrix, _wide, reduce, unit
 from counterpoint.errors import InputError
 
 
@@ -82,3 +82,80 @@ def effective_rank(x: Tensor) -> Tensor:
         values = torch.linalg.svdvals(x.float())
         share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
         return torch.special.entr(share).sum().exp()
+
+
+@torch.no_grad()
+def score_stats(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    temperature: Temperature = 1.0,
+    *,
+    without: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    r"""What a loss sees of each query: five numbers about its scores s, which show training without keeping any score.
+
+    .. math::
+        \Big[ \bar s, \;\; \tfrac{1}{M - 1} \sum_j (s_j - \bar s)^2, \;\; s_+, \;\;
+        \tfrac1M \sum_j e^{s_j/\tau}, \;\; e^{s_+/\tau} \Big]
+
+    over its M negatives j and its positive. Mean and variance come from the moments of the negatives and the
+    exponentials from the tiled log-sum-exp, so no N x M matrix is held. Without gradient.
+
+    Source: Zhu et al. 2021 (arXiv 2108.02982), section 3. Their code rounds the first three to half precision; these are
+    float32.
+
+    Args:
+        query: ``[N, d]``.
+        key: ``[N, d]``, row i the positive of query i.
+        negatives: ``[K, d]``, shared.
+        temperature: of the exponentials; the first three numbers are without it.
+        without: int64 ``[N, W]``, rows of `negatives` that are none of the query's (itself, its positive).
+        hard_negatives: further negatives of each query alone ``[N, S, d]``.
+        normalize: cosine similarity (True) or plain dot product.
+
+    Returns:
+        float32 ``[N, 5]``. NaN where there are too few negatives: one has no variance, none has no mean either.
+    """
+    _check_matrix(query, "query")
+    _check_matrix(key, "key")
+    if query.shape != key.shape:
+        raise InputError(f"query and key must have one shape, not {list(query.shape)} and {list(key.shape)}")
+    ready = unit if normalize else _wide
+    query, key, negatives = ready(query), ready(key), ready(negatives)
+    with torch.autocast(query.device.type, enabled=False):
+        centre = negatives.sum(0) / max(len(negatives), 1)
+        apart = negatives - centre  # scores are near each other: their squares would not be
+        here, count = query @ centre, len(negatives)
+        total, square = torch.zeros_like(here), ((query @ (apart.T @ apart)) * query).sum(1)
+        parts = []
+        if len(negatives):
+            excluded = None if without is None else Listed(without)
+            parts.append(log_sum_exp(query, negatives, temperature=temperature, without=excluded))
+        if without is not None:
+            left_out = torch.einsum("nd,nwd->nw", query, apart[without])
+            total, square = total - left_out.sum(1), square - left_out.square().sum(1)
+            count -= without.shape[1]
+        if hard_negatives is not None:
+            own = torch.einsum("nd,nsd->ns", query, ready(hard_negatives))
+            parts.append((own / _per_row(temperature)).logsumexp(1))
+            total, square = total + (own - here[:, None]).sum(1), square + (own - here[:, None]).square().sum(1)
+            count += hard_negatives.shape[1]
+        number = torch.full_like(here, count)
+        mean = total / number
+        variance = (square - total * mean).clamp(min=0) / (number - 1)
+        spread = torch.stack(parts).logsumexp(0) - number.log() if parts else mean
+        positive = (query * key).sum(1)
+        columns = [here + mean, variance, positive, spread.exp(), (positive / _flat(temperature)).exp()]
+        return torch.stack(columns, dim=1).float()
+
+
+def _flat(temperature: Temperature) -> Temperature:
+    """One value, or one per row ``[N]``."""
+    return temperature.flatten() if isinstance(temperature, Tensor) else temperature
+
+
+def _per_row(temperature: Temperature) -> Temperature:
+    return temperature.reshape(-1, 1) if isinstance(temperature, Tensor) else temperature

@@ -249,13 +249,15 @@ def sup_con(
         \text{inside: } \ell_i = -\log \frac{1}{|P_i|} \sum_{p \in P_i} e^{s_{ip}/\tau}
             + \log \sum_{j \ne i} e^{s_{ij}/\tau}
 
+    ``mean="none"`` is the inside form without 1 / |P_i|: the probability that any of the positives is picked.
+
     The outside form needs no pairwise positives: the mean over them is a class sum, O(N d).
 
     Args:
         features: ``[N, d]``, or ``[N, V, d]`` with V views of each item.
         labels: int64 ``[N]``.
         temperature: scalar or 0-d tensor.
-        mean: "outside" or "inside" the logarithm.
+        mean: "outside" or "inside" the logarithm, or "none".
         normalize: cosine similarity (True) or plain dot product.
         reduction: "mean" over anchors that have a positive (0 when none has), "sum", or "none" (0 for anchors without
             a positive); rows are view-major: ``[V * N]``.
@@ -263,8 +265,8 @@ def sup_con(
     Raises:
         InputError: wrong shape or type, or an unknown `mean`.
     """
-    if mean not in ("outside", "inside"):
-        raise InputError(f'mean must be "outside" or "inside", not "{mean}"')
+    if mean not in ("outside", "inside", "none"):
+        raise InputError(f'mean must be "outside", "inside" or "none", not "{mean}"')
     items = len(features)
     if not isinstance(labels, Tensor):
         raise InputError(f"labels must be an integer tensor, not {type(labels).__name__}")
@@ -288,7 +290,8 @@ def sup_con(
     else:
         apart = ~Same(mine, group) | Listed(own)
         attraction = log_sum_exp(x, _other(x, keys), temperature=temperature, without=apart)
-        attraction = attraction - positives.clamp(min=1).to(x.dtype).log()
+        if mean == "inside":
+            attraction = attraction - positives.clamp(min=1).to(x.dtype).log()
     return reduce(torch.where(positives > 0, normaliser - attraction, 0.0), reduction, positives > 0)
 
 

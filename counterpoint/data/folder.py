@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,7 @@ def from_files(
     *,
     label: Tensor | None = None,
     classes: tuple[str, ...] = (),
+    factors: dict[str, Tensor] | None = None,
     size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -85,7 +86,7 @@ def from_files(
         files: paths relative to `base` (or absolute ones).
         base: folder.
         name: what messages call them; that of a folder ends with a slash.
-        label, classes: as in `Images`, for each file.
+        label, classes, factors: as in `Images`, for each file.
         size, limit, seed, resident: see `counterpoint.data.load`.
 
     Raises:
@@ -93,8 +94,9 @@ def from_files(
     """
     at = chosen(len(files), limit, seed)
     some, numbers = [files[i] for i in at.tolist()], None if label is None else label[at]
+    known = {factor: values[at] for factor, values in (factors or {}).items()}
     title = name.rstrip("/")
-    found = gather(base, some, title, label=numbers, classes=classes, size=size, resident=resident)
+    found = gather(base, some, title, label=numbers, classes=classes, factors=known, size=size, resident=resident)
     warn_skipped(name, found.skipped, len(some))
     if len(found) == 0:
         where = f"in {base}/" if name.endswith("/") else f"of {name}"
@@ -109,6 +111,7 @@ def gather(
     *,
     label: Tensor | None = None,
     classes: tuple[str, ...] = (),
+    factors: dict[str, Tensor] | None = None,
     size: int | None = None,
     colour: bool | None = None,
     resident: bool | None = None,
@@ -119,7 +122,7 @@ def gather(
         root: folder that `files` are relative to, or anything else whose ``root / file`` opens as a path does.
         files: what to read.
         name: of the set.
-        label, classes: as in `Images`, for each file.
+        label, classes, factors: as in `Images`, for each file.
         size, resident: see `counterpoint.data.load`.
         colour: 3 channels if true, 1 if false; None takes 3 if any file has colour.
     """
@@ -150,6 +153,7 @@ def gather(
     about: dict[str, Any] = {
         "label": None if label is None else label[kept],
         "classes": classes,
+        "factors": {factor: values[kept] for factor, values in (factors or {}).items()},
         "name": name,
         "paths": tuple(files[i] for i in kept),
         "skipped": tuple(sorted(skipped)),
@@ -351,8 +355,8 @@ def warn_skipped(name: str, skipped: Sequence[tuple[str, str]], total: int) -> N
         )
 
 
-def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images and labels (None where there are none) of an .npz or .npy file.
+def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
+    """Images, labels (None where there are none) and whatever else lies in an .npz or .npy file.
 
     Raises:
         InputError: cannot be read, needs unpickling, or holds no images.
@@ -360,14 +364,15 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return loaded, None
+            return loaded, None, {}
         with loaded:
             image = next((name for name in ("image", "images", "X", "x") if name in loaded.files), None)
             label = next((name for name in ("label", "labels", "Y", "y") if name in loaded.files), None)
             if image is None:
                 held = ", ".join(loaded.files) or "nothing"
                 raise InputError(f"{path} holds {held}, but no array named image, images, X or x")
-            return loaded[image], None if label is None else loaded[label]
+            rest = {name: loaded[name] for name in loaded.files if name not in (image, label)}
+            return loaded[image], None if label is None else loaded[label], rest
     except InputError:
         raise
     except Exception as error:  # zip, header and pickle errors alike
@@ -376,9 +381,17 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def from_array(
-    image: np.ndarray | Tensor, label: np.ndarray | None, name: str, *, limit: int | None = None, seed: int = 0
+    image: np.ndarray | Tensor,
+    label: np.ndarray | None,
+    name: str,
+    *,
+    columns: Mapping[str, np.ndarray] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> Images:
     """Images from an array, uint8 or float in [0, 1], [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels.
+
+    `columns` are what else is known of them; see `factors_in`.
 
     Raises:
         InputError: another shape, an ambiguous one, values out of range, NaN, or labels of another number.
@@ -395,10 +408,12 @@ def from_array(
             raise InputError(f"{name} has {len(array):,} images but labels of shape {list(label.shape)}")
     # numbered before the subset is drawn, so that a class keeps its number whatever the limit
     number, classes = numbered(label, name)
+    factors = factors_in(columns or {}, len(array), name)
     if limit is not None:
         at = chosen(len(array), limit, seed)
         array, number = array[at], None if number is None else number[at]
-    return Images(_bytes(array, name).contiguous(), number, classes, name)
+        factors = {factor: values[at] for factor, values in factors.items()}
+    return Images(_bytes(array, name).contiguous(), number, classes, name, factors=factors)
 
 
 def _native(array: np.ndarray, name: str) -> np.ndarray:
@@ -444,6 +459,34 @@ def _bytes(array: Tensor, name: str) -> Tensor:
     if low < 0 or high > 255:
         raise InputError(f"{name} holds integers from {low} to {high}; use uint8, 0 to 255")
     return array.to(torch.uint8)
+
+
+def factors_in(columns: Mapping[str, np.ndarray], n: int, name: str) -> dict[str, Tensor]:
+    """Those of the further columns of `n` images that say something to be learned or probed, as `Images.factors`.
+
+    Floating columns are measured values; whole numbers, booleans and names are classes where they come in groups (at least
+    two items each on average). Texts, identifiers and constants stay out in silence; a column of numbers that is not whole
+    stays out with a warning, since somebody may have meant it.
+    """
+    found: dict[str, Tensor] = {}
+    for column, values in columns.items():
+        values = np.asarray(values)
+        if values.ndim != 1 or values.dtype.kind not in "buifU" or column in ("image", "index", "label", "background"):
+            continue
+        numbers = values.dtype.kind == "f"
+        if len(values) != n:
+            if numbers:
+                log.warning("%s: %s has %s values for %s images, so it is left out", name, column, len(values), n)
+            continue
+        missing = int((~np.isfinite(values)).sum()) if numbers else 0
+        if missing:
+            log.warning("%s: %s lacks a finite value for %s of %s images, so it is left out", name, column, missing, n)
+            continue
+        distinct = len(np.unique(values))
+        if distinct > 1 and (numbers or 2 * distinct <= n):
+            number = None if numbers else numbered(values, f"{name}: {column}")[0]
+            found[column] = torch.from_numpy(values.astype(np.float32)) if number is None else number
+    return found
 
 
 def numbered(label: np.ndarray | None, name: str) -> tuple[Tensor | None, tuple[str, ...]]:

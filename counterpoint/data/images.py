@@ -60,8 +60,12 @@ class Images:
         name: where they come from, for messages and records ("cifar10/train", "photos")
         paths: file of each item, relative to its folder, when they came from files
         skipped: (file, reason) of what was left out
-        factors: what else is known of each image, by name: int64 [N] (another class) or float32 [N] (a measured value);
+        factors: what else is known of each image, by name: int64 [N] (another class), float32 [N] (a measured value)
+            or int64 [N, g, g] (a class for each cell of a grid over the image);
             a batch holds each under its name
+        background: uint8, as `image`: the same images without what was laid over them, for views that take it away (see
+            `counterpoint.views.without_overlay`); a batch holds it under this name
+        repeats: int64 [N]: how often an epoch shows each image, in the place of as many copies; None shows each once
     """
 
     image: Tensor
@@ -71,6 +75,8 @@ class Images:
     paths: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     factors: dict[str, Tensor] = field(default_factory=dict)
+    background: Tensor | None = None
+    repeats: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.image.dtype != torch.uint8 or self.image.ndim != 4:
@@ -79,8 +85,12 @@ class Images:
         if self.label is not None and len(self.label) != len(self.image):
             raise InputError(f"{self.name} has {len(self.image):,} images but {len(self.label):,} labels")
         for factor, values in self.factors.items():
-            if factor in ("image", "index", "label") or len(values) != len(self.image):
+            if factor in ("image", "index", "label", "background") or len(values) != len(self.image):
                 raise InputError(f"{self.name}: factor {factor} needs another name, or one value for each image")
+        if self.background is not None and self.background.shape != self.image.shape:
+            raise InputError(f"{self.name}: backgrounds must have the shape of the images, {list(self.image.shape)}")
+        if self.repeats is not None and (len(self.repeats) != len(self.image) or int(self.repeats.min()) < 0):
+            raise InputError(f"{self.name}: repeats needs one number for each image, none of them negative")
 
     def __len__(self) -> int:
         return len(self.image)
@@ -92,11 +102,13 @@ class Images:
 
     @property
     def nbytes(self) -> int:
-        return self.image.nbytes
+        return self.image.nbytes + (0 if self.background is None else self.background.nbytes)
 
     def take(self, index: Tensor) -> dict[str, Tensor]:
-        """A batch: image uint8 [B, C, H, W], index int64 [B], label int64 [B] where there are labels, and the factors."""
+        """A batch: image uint8 [B, C, H, W], index int64 [B], label int64 [B] where there are labels, factors, background."""
         batch = {"image": self.image[index], "index": index}
+        if self.background is not None:
+            batch["background"] = self.background[index]
         batch |= {name: values[index] for name, values in self.factors.items()}
         return batch if self.label is None else {**batch, "label": self.label[index]}
 
@@ -104,7 +116,8 @@ class Images:
         """The same images on another device."""
         label = None if self.label is None else self.label.to(device)
         factors = {name: values.to(device) for name, values in self.factors.items()}
-        return replace(self, image=self.image.to(device), label=label, factors=factors)
+        background = None if self.background is None else self.background.to(device)
+        return replace(self, image=self.image.to(device), label=label, factors=factors, background=background)
 
     def subset(self, index: Tensor | np.ndarray | Sequence[int] | slice) -> Images:
         """The items at `index` (positions, a boolean mask or a slice), in that order."""
@@ -118,7 +131,15 @@ class Images:
             label=None if self.label is None else self.label[at.to(self.label.device)],
             paths=tuple(self.paths[i] for i in at.tolist()) if self.paths else (),
             factors={name: values[at.to(values.device)] for name, values in self.factors.items()},
+            background=None if self.background is None else self.background[at.to(self.background.device)],
+            repeats=None if self.repeats is None else self.repeats[at.to(self.repeats.device)],
         )
+
+    def known(self) -> Images:
+        """The images whose label is known: -1 says that it is not (of a generated image, for example)."""
+        if self.label is None or not len(self) or int(self.label.min()) >= 0:
+            return self
+        return self.subset(self.label >= 0)
 
     def split(self, fraction: float = 0.2, seed: int = 0) -> tuple[Images, Images]:
         """(train, test): a fixed random `fraction` is held out, from every class alike when labels are known."""
@@ -130,11 +151,14 @@ class Images:
         have = self.image.shape[1]
         if have == c:
             return self
-        if (have, c) == (1, 3):
-            return replace(self, image=self.image.repeat(1, 3, 1, 1))
-        if (have, c) == (3, 1):
-            return replace(self, image=torch.cat([_luma(part) for part in self.image.split(4096)]))
+        if (have, c) in ((1, 3), (3, 1)):
+            background = None if self.background is None else _converted(self.background, c)
+            return replace(self, image=_converted(self.image, c), background=background)
         raise InputError(f"{self.name}: images with {have} channels cannot get {c}; only 1 and 3 convert")
+
+
+def _converted(image: Tensor, c: int) -> Tensor:
+    return image.repeat(1, 3, 1, 1) if c == 3 else torch.cat([_luma(part) for part in image.split(4096)])
 
 
 def _luma(image: Tensor) -> Tensor:
@@ -147,13 +171,13 @@ def _luma(image: Tensor) -> Tensor:
 class ImageFiles(Dataset[dict[str, Any]]):
     """Images that are decoded when asked for, for folders that do not fit in memory.
 
-    Item: {"image": uint8 [C, size, size], "index": int, and "label": int when labelled}. A file that turns out to be
+    Item: {"image": uint8 [C, size, size], "index": int, "label": int when labelled, and the factors}. A file that turns out to be
     unreadable is named once in a warning and replaced by the next readable one, so that a long run survives it.
 
     Args:
         root: folder that `paths` are relative to
         paths: file of each item
-        label, classes, name, skipped: as in `Images`
+        label, classes, name, skipped, factors: as in `Images`
         size: output side in pixels
         colour: 3 channels if true, else 1
     """
@@ -166,6 +190,7 @@ class ImageFiles(Dataset[dict[str, Any]]):
     classes: tuple[str, ...] = ()
     name: str = "images"
     skipped: tuple[tuple[str, str], ...] = ()
+    factors: dict[str, Tensor] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -185,6 +210,7 @@ class ImageFiles(Dataset[dict[str, Any]]):
                     log.warning("%s: %s could not be read (%s); another takes its place", self.name, file, reason)
                 continue
             item: dict[str, Any] = {"image": torch.from_numpy(image), "index": at}
+            item |= {name: values[at] for name, values in self.factors.items()}
             if self.label is not None:
                 item["label"] = int(self.label[at])
             return item
@@ -198,7 +224,8 @@ class ImageFiles(Dataset[dict[str, Any]]):
         """The items at `index`, in that order."""
         at = torch.as_tensor(np.asarray(index), dtype=torch.int64)
         label = None if self.label is None else self.label[at]
-        return replace(self, paths=tuple(self.paths[i] for i in at.tolist()), label=label)
+        factors = {name: values[at] for name, values in self.factors.items()}
+        return replace(self, paths=tuple(self.paths[i] for i in at.tolist()), label=label, factors=factors)
 
     def split(self, fraction: float = 0.2, seed: int = 0) -> tuple[ImageFiles, ImageFiles]:
         """(train, test), as `Images.split`."""
@@ -279,11 +306,69 @@ def _mnist(split: str, limit: int | None, seed: int) -> Images:
     return sources.mnist(split, limit=limit, seed=seed)
 
 
+def _cifar_fashion(split: str, limit: int | None, seed: int) -> Images:
+    from counterpoint.data import composites
+
+    return composites.cifar_fashion(split, limit=limit, seed=seed)
+
+
+def _cifar_digits(split: str, limit: int | None, seed: int) -> Images:
+    from counterpoint.data import composites
+
+    return composites.cifar_digits(split, limit=limit, seed=seed)
+
+
+def _fashion_angles(split: str, limit: int | None, seed: int) -> Images:
+    from counterpoint.data import composites
+
+    return composites.fashion_angles(split, limit=limit, seed=seed)
+
+
+def _fashion_pair(split: str, limit: int | None, seed: int) -> Images:
+    from counterpoint.data import composites
+
+    return composites.fashion_pair(split, limit=limit, seed=seed)
+
+
+def _cifar10_few(split: str, limit: int | None, seed: int) -> Images:
+    from counterpoint.data import composites
+
+    return composites.cifar10_few(split, limit=limit, seed=seed)
+
+
+def _cifar10_surrogate(split: str, limit: int | None, seed: int) -> Images:
+    from counterpoint.data import composites
+
+    return composites.cifar10_surrogate(split, limit=limit, seed=seed)
+
+
+def _made(maker: str, **options: str) -> Callable[[str, int | None, int], Images]:
+    def read(split: str, limit: int | None, seed: int) -> Images:
+        from counterpoint.data import composites
+
+        made: Images = getattr(composites, maker)(split, limit=limit, seed=seed, **options)
+        return made
+
+    return read
+
+
 NAMES: dict[str, Callable[[str, int | None, int], Images]] = {
     "omniglot": _omniglot,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,
     "mnist": _mnist,
+    "cifar-fashion": _cifar_fashion,
+    "fashion-angles": _fashion_angles,
+    "cifar-digits": _cifar_digits,
+    "fashion-pair": _fashion_pair,
+    "cifar10-few": _cifar10_few,
+    "cifar10-surrogate": _cifar10_surrogate,
+    "cifar10-linear": _made("imbalanced_set", of="cifar10", profile="linear"),
+    "cifar10-exponential": _made("imbalanced_set", of="cifar10", profile="exponential"),
+    "fashion-linear": _made("imbalanced_set", of="fashion-mnist", profile="linear"),
+    "fashion-exponential": _made("imbalanced_set", of="fashion-mnist", profile="exponential"),
+    "cifar10-mosaic": _made("mosaic_set", of="cifar10"),
+    "fashion-mosaic": _made("mosaic_set", of="fashion-mnist"),
 }
 
 
@@ -303,7 +388,8 @@ def load(
             lie in sub-folders); an .npz (`image`, `images`, `X` or `x`, optionally `label`, `labels`, `Y` or `y`) or
             .npy file; an array or tensor, uint8 or float in [0, 1], [N, H, W], [N, H, W, C] or [N, C, H, W]; a list of
             paths, of PIL images or of such arrays of one shape; or a DataFrame with a column ``image`` or ``path`` of
-            them (and ``label`` or ``class``, where it has one).
+            them (and ``label`` or ``class``, where it has one). Further arrays of an .npz and columns of a table, one value
+            an image, become `Images.factors`.
         split: "train" or "test". A folder that consists of train/ and test/ (or val/) has them; any other own data is
             all "train", and `.split()` holds out a part of it.
         size: output side in pixels. Files: shorter side resized, centre cropped; None keeps the side that all files
@@ -344,7 +430,8 @@ def load(
         if isinstance(found, ImageFiles):
             return found
     if size is not None and max(found.image.shape[-2:]) > size:
-        found = replace(found, image=resize(found.image, size))
+        background = None if found.background is None else resize(found.background, size)
+        found = replace(found, image=resize(found.image, size), background=background)
     return check(found)
 
 
@@ -363,8 +450,8 @@ def _own(
     if path.suffix not in (".npz", ".npy"):
         raise InputError(f"{given} is a single file; images come from a folder, an .npz or an .npy file")
     _only_train(split, given)
-    image, label = folder.read_arrays(path)
-    return folder.from_array(image, label, path.stem, limit=limit, seed=seed)
+    image, label, columns = folder.read_arrays(path)
+    return folder.from_array(image, label, path.stem, columns=columns, limit=limit, seed=seed)
 
 
 def _only_train(split: str, what: str) -> None:

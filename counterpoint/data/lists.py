@@ -36,7 +36,7 @@ def from_list(
         InputError: nothing there, something that is no image (with its number), arrays of several shapes, or no column
             of images (with the columns found).
     """
-    values, label, name = _values(data)
+    values, label, columns, name = _values(data)
     if not values:
         raise InputError(f"{name} holds no images")
     first = _kind(values[0])
@@ -45,25 +45,27 @@ def from_list(
             meant = f"{first}, as the first is" if first else "a path, a PIL image, an array or a tensor"
             raise InputError(f"item {number} of {name} is of type {type(value).__name__}, not {meant}")
     if first == "an array":
-        return folder.from_array(_stacked(values, name), label, name, limit=limit, seed=seed)
+        return folder.from_array(_stacked(values, name), label, name, columns=columns, limit=limit, seed=seed)
     if label is not None and len(label) != len(values):
         raise InputError(f"{name} has {len(values):,} images but {len(label):,} labels")
     # numbered before the subset is drawn, so that a class keeps its number whatever the limit
     numbers, classes = folder.numbered(label, name)
+    factors = folder.factors_in(columns, len(values), name)
     if first == "a path":
         files = [os.fspath(value) for value in values]
         options: dict[str, Any] = {"size": size, "limit": limit, "seed": seed, "resident": resident}
-        return folder.from_files(files, Path(), name, label=numbers, classes=classes, **options)
+        return folder.from_files(files, Path(), name, label=numbers, classes=classes, factors=factors, **options)
     at = chosen(len(values), limit, seed)
     pictures = [values[i] for i in at.tolist()]
     colour = not all(map(folder.is_grey, pictures))
     side = folder.common_side([picture.size for picture in pictures], name) if size is None else size
     image = torch.from_numpy(np.stack([folder.square(picture, side, colour) for picture in pictures]))
-    return Images(image, None if numbers is None else numbers[at], classes, name)
+    known = {factor: values[at] for factor, values in factors.items()}
+    return Images(image, None if numbers is None else numbers[at], classes, name, factors=known)
 
 
-def _values(data: Any) -> tuple[list[Any], np.ndarray | None, str]:
-    """The images one by one, the labels where a table has them, and what messages call it."""
+def _values(data: Any) -> tuple[list[Any], np.ndarray | None, dict[str, np.ndarray], str]:
+    """The images one by one, labels and further columns where a table has them, and what messages call it."""
     if hasattr(data, "columns") or isinstance(data, Mapping):
         titles = {str(title).lower(): title for title in (data if isinstance(data, Mapping) else data.columns)}
         column = next((titles[word] for word in IMAGE if word in titles), None)
@@ -71,13 +73,20 @@ def _values(data: Any) -> tuple[list[Any], np.ndarray | None, str]:
             found = ", ".join(map(str, titles.values())) or "none"
             raise InputError(f"the table has no column of images, but {found}; name it image or path")
         label = next((titles[word] for word in LABEL if word in titles), None)
-        return [*data[column]], None if label is None else np.array([*data[label]]), "the table"
+        others = [title for title in titles.values() if title not in (column, label)]
+        columns = {str(title): np.array([*data[title]]) for title in others if _is_plain(data[title])}
+        return [*data[column]], None if label is None else np.array([*data[label]]), columns, "the table"
     if isinstance(data, np.ndarray | Sequence) or hasattr(data, "tolist"):
-        return [*data], None, "the list"
+        return [*data], None, {}, "the list"
     raise InputError(
         "images come from a folder, a file, an array, a list of paths or images, or a table, not from "
         f"{type(data).__name__}"
     )
+
+
+def _is_plain(column: Any) -> bool:
+    """Whether a column starts with a number or a word, and not with another image or an array."""
+    return isinstance(next(iter(column), None), str | int | float | np.generic)
 
 
 def _kind(value: Any) -> str:

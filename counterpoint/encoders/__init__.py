@@ -1,12 +1,13 @@
 """Encoders: how a thing becomes a vector. `image`, `text`, `towers`, `sequence` build them; `heads` make what is contrasted."""
 
 from counterpoint.encoders import heads
-from counterpoint.encoders.image import ConvNet, Features, ImageEncoder, TimmEncoder, image
+from counterpoint.encoders.image import Concatenated, ConvNet, Features, ImageEncoder, TimmEncoder, image, integrated
 from counterpoint.encoders.image_text import Towers, towers
 from counterpoint.encoders.sequence import SASRecEncoder
 from counterpoint.encoders.text import TextEncoder, text
 
 __all__ = [
+    "Concatenated",
     "ConvNet",
     "Features",
     "ImageEncoder",
@@ -16,6 +17,7 @@ __all__ = [
     "Towers",
     "heads",
     "image",
+    "integrated",
     "text",
     "towers",
 ]

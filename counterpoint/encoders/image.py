@@ -2,12 +2,14 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from counterpoint.contrast import unit
 from counterpoint.errors import InputError, nearest
 from counterpoint.views import plain
 
@@ -55,6 +57,18 @@ class ImageEncoder(nn.Module):
         """Pooled vectors [B, D] of whole images, brought to the encoder's size without any random view."""
         return self(plain(batch["image"], self.image_size)).pooled
 
+    @torch.no_grad()
+    def takes(self, size: int) -> bool:
+        """Whether images of another side go through as well: one is tried, which changes no statistics."""
+        training, some = self.training, next(self.parameters())
+        self.eval()
+        try:
+            return bool(self(some.new_zeros(1, self.channels, size, size)).pooled.isfinite().all())
+        except (RuntimeError, AssertionError, ValueError, IndexError):
+            return False
+        finally:
+            self.train(training)
+
 
 def image(
     name: str = "resnet18", *, image_size: int = 224, channels: int = 3, pretrained: bool = False
@@ -86,6 +100,30 @@ def image(
             raise InputError(f"{name} has no pretrained weights; leave pretrained out or choose a timm model")
         return ConvNet(width=int(ours[1] or 16), channels=channels, image_size=image_size, name=name)
     return TimmEncoder(name, image_size=image_size, channels=channels, pretrained=pretrained)
+
+
+def integrated(parts: Sequence[Tensor]) -> Tensor:
+    """One embedding from several of the same items: raw vectors [B, D_k] one after another, then L2-normalised once.
+
+    A part counts by the length of its vectors, which normalising each first would take away.
+
+    Source: Zhang et al. 2024 (arXiv 2402.11816), released notebook.
+    """
+    return unit(torch.cat(list(parts), dim=1))
+
+
+class Concatenated(ImageEncoder):
+    """Several encoders of one image size as one, see `integrated`; D is the sum of theirs."""
+
+    def __init__(self, parts: Sequence[ImageEncoder]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.name = " + ".join(part.name for part in parts)
+        self.dim = sum(part.dim for part in parts)
+        self.image_size, self.channels = parts[0].image_size, parts[0].channels
+
+    def forward(self, images: Tensor) -> Features:
+        return Features(pooled=integrated([part(images).pooled for part in self.parts]))
 
 
 class ConvNet(ImageEncoder):

@@ -7,8 +7,21 @@ from counterpoint.evaluate.protocols import (
     knn,
     linear_probe,
     one_shot,
+    own_classifier,
     raw_pixels,
     ridge_probe,
+    scatter,
 )
 
-__all__ = ["Result", "bootstrap", "geometry", "knn", "linear_probe", "one_shot", "raw_pixels", "ridge_probe"]
+__all__ = [
+    "Result",
+    "bootstrap",
+    "geometry",
+    "knn",
+    "linear_probe",
+    "one_shot",
+    "own_classifier",
+    "raw_pixels",
+    "ridge_probe",
+    "scatter",
+]

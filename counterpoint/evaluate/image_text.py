@@ -259,6 +259,57 @@ def inverse(owner: Tensor, images: int) -> Tensor:
     return inverse
 
 
+# ------------------------------------------------------------------------------------------------- pairs that are alike
+
+
+def pair_scores(images: Array, texts: Array, *, scale: float = 100.0) -> Tensor:
+    """Which of two images a statement is about: softmax over the images of scale * cosine, [P, 2 images, 2 statements].
+
+    Args:
+        images: [P, 2, D], two images a pair.
+        texts: [P, 2, D], two statements a pair.
+        scale: logit scale.
+
+    Raises:
+        InputError: no such arrays.
+    """
+    x, y = (unit(torch.as_tensor(rows)) for rows in (images, texts))
+    if x.ndim != 3 or x.shape[1] != 2 or x.shape != y.shape:
+        raise InputError(
+            f"pairs need two images and two statements each, [P, 2, D] both, not {[*x.shape]} and {[*y.shape]}"
+        )
+    return (scale * x @ y.transpose(1, 2)).softmax(1)
+
+
+def pair_accuracy(images: Array, texts: Array, *, patterns: Sequence[str] | None = None, subject: str = "") -> Result:
+    """Pairs of images that look alike but for one thing, and a statement about each: protocol `pair-accuracy`.
+
+    A pair counts only if both statements are more similar to their own image than to the other. Guessing scores 25 %;
+    of equal similarities neither is right.
+
+    Args:
+        images: [P, 2, D].
+        texts: [P, 2, D]; statement j of a pair is about its image j.
+        patterns: what each pair differs in; `detail` holds the accuracy of each, and the value is their mean.
+        subject: what was measured.
+
+    Raises:
+        InputError: arrays or patterns that do not fit.
+
+    Source: Tong et al. 2024 (arXiv 2401.06209), MMVP-VLM: 9 patterns of 15 pairs, "a photo of " before each statement.
+    """
+    scores = pair_scores(images, texts)
+    right = (scores.diagonal(dim1=1, dim2=2) > scores.flip(1).diagonal(dim1=1, dim2=2)).all(1).cpu().numpy()
+    names = np.array(["all"] * len(right) if patterns is None else list(patterns))
+    if len(names) != len(right) or not len(right):
+        raise InputError(f"there are {len(right)} pairs but {len(names)} patterns; at least one pair is needed")
+    each = {str(name): 100 * float(right[names == name].mean()) for name in dict.fromkeys(names.tolist())}
+    low, high = bootstrap(right)
+    ci = (100 * low, 100 * high) if len(each) == 1 else None
+    detail = {"chance": 25.0, "patterns": each}
+    return Result("pair-accuracy", "accuracy", float(np.mean([*each.values()])), ci, len(right), subject, detail)
+
+
 # ---------------------------------------------------------------------------------------------------------------- gap
 
 

@@ -101,7 +101,14 @@ def knn(
 
 
 def linear_probe(
-    train_x: Array, train_y: Array, test_x: Array, test_y: Array, *, seed: int = 0, subject: str = ""
+    train_x: Array,
+    train_y: Array,
+    test_x: Array,
+    test_y: Array,
+    *,
+    groups: Array | None = None,
+    seed: int = 0,
+    subject: str = "",
 ) -> Result:
     """Accuracy of a linear classifier on frozen features: protocol `linear-offline`.
 
@@ -113,6 +120,7 @@ def linear_probe(
     Args:
         train_x, test_x: features [N, D] and [M, D]
         train_y, test_y: whole-number labels [N] and [M]
+        groups: [M]; the interval resamples whole groups of test items (locations of one image)
         seed: of the validation split
 
     Returns:
@@ -144,7 +152,8 @@ def linear_probe(
         "train": len(x),
         "seed": seed,
     }
-    return _accuracy("linear-offline", predicted == test_label.numpy(), subject, detail)
+    where = None if groups is None else np.asarray(groups)
+    return _accuracy("linear-offline", predicted == test_label.numpy(), subject, detail, where)
 
 
 def _logistic(
@@ -167,6 +176,44 @@ def _logistic(
         yield model.predict(new), not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
+def own_classifier(protocol: str, predicted: Array, test_x: Array, test_y: Array, *, subject: str = "") -> Result:
+    """Accuracy of the classifier that a method trained itself: protocols `online-head` and `fine-tune`.
+
+    `online-head`: trained beside the encoder, which learns nothing from it. `fine-tune`: encoder and classifier learn
+    together. Nothing is fitted here, and the last weights count.
+
+    Args:
+        protocol: which of the two
+        predicted: classes [M] that the method gave the test items
+        test_x: their features [M, D], for the detail `scatter`
+        test_y: whole-number labels [M]
+
+    Raises:
+        InputError: lengths that differ, labels that are no whole numbers.
+    """
+    truth, found = (_labels(y, "test", len(test_x)) for y in (test_y, predicted))
+    spread = scatter(test_x, truth)
+    return _accuracy(protocol, found == truth, subject, {} if spread is None else {"scatter": spread})
+
+
+def scatter(x: Array, y: Array) -> float | None:
+    """Mean distance of items from the mean of their class, over the mean distance between these means; lower is tighter.
+
+    None where all class means are the same, or there is one class only.
+
+    Args:
+        x: features [N, D]
+        y: whole-number labels [N]
+    """
+    features = _features(x, "given").double().cpu()
+    classes, member = np.unique(_labels(y, "given", len(features)), return_inverse=True)
+    of = torch.from_numpy(member)
+    sums = features.new_zeros(len(classes), features.shape[1]).index_add_(0, of, features)
+    centres = sums / of.bincount()[:, None]
+    apart = float(torch.pdist(centres).mean()) if len(classes) > 1 else 0.0
+    return float((features - centres[of]).norm(dim=1).mean()) / apart if apart else None
+
+
 def ridge_probe(
     train_x: Array, train_y: Array, test_x: Array, test_y: Array, *, seed: int = 0, subject: str = ""
 ) -> Result:
@@ -183,7 +230,7 @@ def ridge_probe(
 
     Returns:
         A result in the unit of the values, whose detail holds the `penalty`, `guess` (the error of always saying the
-        training median) and `spearman` (between predicted and true values).
+        training median), `spearman` (between predicted and true values) and `ordinality` of the test features.
 
     Raises:
         InputError: empty, NaN or infinite features or values, lengths or widths that differ, fewer than five items.
@@ -215,9 +262,30 @@ def ridge_probe(
     missed, predicted = error(best, np.arange(len(y)), x, new, truth)
     guess = float(np.abs(np.median(y) - truth).mean())
     detail = {"penalty": best, "guess": guess, "spearman": float(spearmanr(predicted, truth).statistic), "seed": seed}
+    detail["ordinality"] = ordinality(new, truth)
     return Result(
         "ridge-offline", "mean absolute error", float(missed.mean()), bootstrap(missed), len(new), subject, detail
     )
+
+
+def ordinality(x: Array, y: Array, *, rows: int = 1000, seed: int = 0) -> float:
+    """Spearman correlation, over pairs of items, between cosine distance of the features and distance of the values.
+
+    1: the farther apart two values are, the farther apart their features; 0: the features know nothing of the order.
+
+    Args:
+        x: features [N, D]
+        y: values [N]
+        rows: at most so many items, a seeded random subset
+    """
+    from scipy.stats import spearmanr
+
+    features = _features(x, "given").double()
+    values = torch.as_tensor(y).cpu().double()
+    at = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:rows]
+    some, value = torch.nn.functional.normalize(features.cpu()[at], dim=1), values[at]
+    one, other = torch.triu_indices(len(at), len(at), offset=1)
+    return float(spearmanr(1 - (some @ some.T)[one, other], (value[one] - value[other]).abs()).statistic)
 
 
 def one_shot(encode: Callable[[Tensor], Array], runs: Runs, *, subject: str = "") -> Result:

@@ -15,8 +15,17 @@ from counterpoint.atomic import save_arrays
 from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
-from counterpoint.evaluate import image_text, ranking, texts
-from counterpoint.evaluate.protocols import Result, geometry, knn, linear_probe, one_shot, raw_pixels, ridge_probe
+from counterpoint.evaluate import dense, image_text, ranking, texts
+from counterpoint.evaluate.protocols import (
+    Result,
+    geometry,
+    knn,
+    linear_probe,
+    one_shot,
+    own_classifier,
+    raw_pixels,
+    ridge_probe,
+)
 from counterpoint.train.method import Method
 from counterpoint.train.run import Run
 
@@ -24,23 +33,33 @@ log = logging.getLogger("counterpoint")
 
 Encode = Callable[[Tensor], Tensor | np.ndarray]
 GALLERY = 1000
+HEAD = "@head"
+"""What the name of a protocol ends with when it measures what comes out of the projection head."""
 
 
 def evaluate(
-    run: Run, data: Any = None, *, protocols: list[str] | None = None, trained_only: bool = False
+    run: Run,
+    data: Any = None,
+    *,
+    protocols: list[str] | None = None,
+    trained_only: bool = False,
+    head: bool = False,
 ) -> list[Result]:
     """Measure a run by every protocol that fits its data, write ``evaluation.json`` and, of images, the report's gallery.
 
     Sentences are measured on the STS sets, user histories by the rank of the held-out item, images by their labels, images
     with captions by retrieval, gap and, where classes have names, zero-shot classification.
-    Labels, where there are any, serve the protocols only: training has not seen them. The classifiers of kNN and
-    linear probe are fitted on the training items and scored on held-out ones: the data set's own test part, else a
-    stratified fifth of the images (whose pixels, not labels, the training did see; the result says so).
+    Labels, where there are any, serve the protocols only: training has not seen them, unless the method says that it uses
+    them. The classifiers of kNN and linear probe are fitted on the training items and scored on held-out ones: the data
+    set's own test part, else a stratified fifth of the images (whose pixels, not labels, the training did see; the result
+    says so). A classifier that the method itself trained is scored where there are items whose labels it has not seen.
 
     Args:
         run: a finished (or interrupted) run.
         data: evaluate on other data than the run was trained on.
-        protocols: only these.
+        protocols: only these; with "@head" at the end of a name, after the projection head. Such a result's detail holds
+            the value `before` the head.
+        head: measure by each protocol before and after the projection head (images only).
         trained_only: leave out the untrained encoder and what learned nothing (they were measured elsewhere).
 
     Returns:
@@ -61,6 +80,8 @@ def evaluate(
         subjects["best on validation"] = run.model(best=True).to(device)
     if not trained_only:
         subjects["untrained"] = run.untrained().to(device)
+    if (head or any(name.endswith(HEAD) for name in protocols or ())) and trained.family != "images":
+        raise InputError(f"protocols after the projection head measure images, and {source} holds none")
     match trained.family:
         case "sentences":
             encoders: list[tuple[str, Any]] = [(name, method.encode) for name, method in subjects.items()]
@@ -80,7 +101,15 @@ def evaluate(
             pictures: list[tuple[str, Encode]] = [(name, encoder_of(method)) for name, method in subjects.items()]
             if not trained_only:
                 pictures.append(("raw pixels", pixels))
-            found = _images(run, trained, pictures, source, data is not None, protocols)
+            asked = None if protocols is None else [name.removesuffix(HEAD) for name in protocols]
+            found = _images(run, subjects, pictures, source, data is not None, asked)
+            if head or asked != protocols:
+                pictures = [(name, encoder_of(method, after_head=True)) for name, method in subjects.items()]
+                after = _images(run, subjects, pictures, source, data is not None, asked, gallery=False)
+                found += _after(after, found)
+                if protocols is not None:
+                    every = {*protocols, *(name + HEAD for name in asked or () if head)}
+                    found = [result for result in found if result.protocol in every]
     if not found:
         names = ", ".join(protocols or ("no protocol",))
         raise InputError(f"{names} does not fit {source}: it needs other data or labels")
@@ -93,13 +122,16 @@ def evaluate(
 
 def _images(
     run: Run,
-    trained: Method,
+    methods: dict[str, Method],
     subjects: list[tuple[str, Encode]],
     source: Any,
     other: bool,
     protocols: list[str] | None,
+    gallery: bool = True,
 ) -> list[Result]:
-    known = ("one-shot-20way", "knn-200-0.1", "linear-offline", "ridge-offline", "geometry")
+    trained = methods["trained"]
+    known = ["one-shot-20way", "knn-200-0.1", "linear-offline", "ridge-offline", "dense-linear", "geometry"]
+    known += [trained.classification] if trained.classification else []
     for name in protocols or ():
         if name.partition(":")[0] not in known:
             raise InputError(f'no protocol named "{name}"; there are {", ".join(known)}')
@@ -109,22 +141,29 @@ def _images(
     else:
         fit = run.config["fit"]
         train, test, note = _parts(source, trained, None if other else fit["limit"], fit["seed"])
+        train, test = train.known(), test.known()  # generated images, whose label nobody knows, are not measured
         if note:
-            note += _seen(source if other else None, run.config["data"])
+            seen = _seen(source if other else None, run.config["data"])
+            note += seen if not trained.uses_labels else seen.replace(", not their labels", " and their labels")
         classes = 0 if train.label is None else len(train.label.unique())
         if classes == 1 and protocols is None:
             log.warning("all labels of %s are the same, so there is nothing to classify", train.name)
         classified = classes > 1 or (classes == 1 and protocols is not None)
         vectors = []
-        if classified or train.factors:
+        if classified or any(values.ndim == 1 for values in train.factors.values()):
             vectors = [(subject, encode(train.image), encode(test.image)) for subject, encode in subjects]
         found = list(_classified(vectors, train, test, note, protocols)) if classified else []
         found += _factors(vectors, train, test, note, protocols)
+        if gallery:  # places of a map have no projection head of their own
+            found += _dense(methods, subjects, train, test, note, protocols)
+        # the method's own classifier has its one place, which gallery=False (after the head) is not
+        if gallery and classified and trained.classification and wanted(trained.classification, protocols):
+            found += _own_classifier(methods, vectors, test, note, other)
         if wanted("geometry", protocols):
             found += list(_geometry(subjects, test, train.label is None))
         origin = note or "test items that training never saw"
         shown = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:GALLERY])
-    if found:
+    if found and gallery:
         _save_gallery(run, shown, trained, origin)
     return found
 
@@ -142,11 +181,25 @@ def _merge(run: Run, found: list[Result]) -> None:
     run.write("evaluation.json", new + kept)
 
 
-def encoder_of(method: Method, batch_size: int = 512) -> Encode:
-    """Embeddings of uint8 images ``[N, C, H, W]`` under `method`."""
+def _after(found: list[Result], before: list[Result]) -> list[Result]:
+    """Results after the head, by their names, each with the value of the same subject before it."""
+    values = {(result.protocol, result.subject): result.value for result in before}
+    return [
+        replace(
+            result,
+            protocol=result.protocol + HEAD,
+            detail=result.detail | {"before": values[result.protocol, result.subject]},
+        )
+        for result in found
+    ]
+
+
+def encoder_of(method: Method, batch_size: int = 512, *, after_head: bool = False) -> Encode:
+    """Embeddings of uint8 images ``[N, C, H, W]`` under `method`, or what its projection head makes of them."""
 
     def encode(images: Tensor) -> np.ndarray:
-        return method.encode(Images(images, name="images"), batch_size=batch_size)
+        function = method.encode_projected if after_head else method.encode
+        return function(Images(images, name="images"), batch_size=batch_size)
 
     return encode
 
@@ -179,16 +232,63 @@ def _classified(vectors, train: Images, test: Images, note: str, protocols) -> I
             yield result
 
 
+def _own_classifier(methods: dict[str, Method], vectors, test: Images, note: str, other: bool) -> Iterator[Result]:
+    """Accuracy of the classifiers that training made, on items whose labels they have not seen."""
+    name = methods["trained"].classification
+    assert test.label is not None and name is not None
+    if note and not other:
+        log.warning("%s left out: training saw the labels of all items; give --data with others", name)
+        return
+    features = {subject: test_x for subject, _, test_x in vectors}
+    for subject, method in methods.items():
+        predicted = method.classify(Images(test.image, name="images"))
+        result = own_classifier(name, predicted, features[subject], test.label, subject=subject)
+        result.detail["chance"] = 100 * float(test.label.bincount().max()) / len(test)
+        if note:
+            result.detail["note"] = note
+        yield result
+
+
 def _factors(vectors, train: Images, test: Images, note: str, protocols) -> Iterator[Result]:
     """What else is known of the images: a linear probe of each further class, a regression of each value."""
     for factor, values in train.factors.items():
+        if values.ndim > 1:
+            continue
         kind, probe = ("ridge-offline", ridge_probe) if values.is_floating_point() else ("linear-offline", linear_probe)
         if not wanted(f"{kind}:{factor}", protocols):
             continue
         for subject, train_x, test_x in vectors:
-            found = probe(train_x, values, test_x, test.factors[factor], subject=subject)
+            try:
+                found = probe(train_x, values, test_x, test.factors[factor], subject=subject)
+            except InputError as error:  # a column that nobody asked for must not end the evaluation
+                if protocols is not None:
+                    raise
+                log.warning("%s:%s left out: %s", kind, factor, error)
+                break
             note_too = {"note": note} if note else {}
             yield replace(found, protocol=f"{kind}:{factor}", detail=found.detail | note_too)
+
+
+def _dense(
+    methods: dict[str, Method], subjects: list[tuple[str, Encode]], train: Images, test: Images, note: str, protocols
+) -> Iterator[Result]:
+    """A linear probe of single locations for each label map."""
+    maps = [(name, dense.maps_of(method)) for name, method in methods.items()]
+    maps += [(name, dense.patches) for name, _ in subjects if name not in methods]
+    for factor, values in train.factors.items():
+        if values.ndim != 3 or not wanted(f"dense-linear:{factor}", protocols):
+            continue
+        for subject, encode in maps:
+            try:
+                result = dense.dense_linear(encode, train, test, factor, subject=subject)
+            except InputError as error:  # as above
+                if protocols is not None:
+                    raise
+                log.warning("dense-linear:%s left out: %s", factor, error)
+                break
+            if note:
+                result.detail["note"] = note
+            yield result
 
 
 def _geometry(subjects, test: Images, unlabelled: bool) -> Iterator[Result]:

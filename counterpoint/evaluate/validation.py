@@ -50,7 +50,7 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
         raise InputError(
             f"validate scores images by their classes, but {images.name} has no labels; leave validate out"
         )
-    bank, held = images.split(0.2)
+    bank, held = images.known().split(0.2)
     bank_y, held_y = bank.label, held.label
     assert bank_y is not None and held_y is not None
 

@@ -1,4 +1,4 @@
-"""The figures of a training run: results, loss, similarities, alignment and uniformity, effective rank.
+"""The figures of a training run: results, loss, similarities, scores, alignment and uniformity, effective rank.
 
 Each function returns one figure as HTML and, where the pointer can read values from it, the data for that.
 """
@@ -226,6 +226,71 @@ def similarity(run: Run) -> tuple[str, dict[str, Any]] | None:
         "cosine": [low, high],
         "top": top,
         **{n: [[round(float(v), 4) for v in row] for row in h[:, first:last]] for n, h in both.items()},
+    }
+    return figure, data
+
+
+def scores(run: Run) -> tuple[str, dict[str, Any]] | None:
+    """The scores that entered the loss: positives and negatives with their spread, and where a softmax sees the negatives.
+
+    Source: Zhu et al. 2021 (arXiv 2108.02982), section 3.
+    """
+    names = ("score_positive", "score_negative", "score_negative_variance")
+    found = {name: run.series(name) for name in (*names, "score_positive_variance", "score_negative_soft")}
+    steps = found["score_positive"][0]
+    if len(steps) < 2 or any(not np.array_equal(found[name][0], steps) for name in names):
+        return None
+    positive, negative = (found[name][1] for name in names[:2])
+    spread = {"negative": np.sqrt(found["score_negative_variance"][1])}
+    if np.array_equal(found["score_positive_variance"][0], steps):
+        spread["positive"] = np.sqrt(found["score_positive_variance"][1])
+    level = {"positive": smooth(positive), "negative": smooth(negative)}
+    spread = {name: smooth(values) for name, values in spread.items()}
+    kept = thin(len(steps), POINTS)
+    ends = [end for name, s in spread.items() for end in (level[name] + s, level[name] - s)]
+    x, y = steps_axis(steps), axis([v for values in (*level.values(), *ends) for v in values], "score")
+    body, keys = "", ""
+    for name in ("negative", "positive"):
+        if name in spread:
+            over, under = (level[name] + sign * spread[name] for sign in (1, -1))
+            there, back = line(x, y, steps[kept], over[kept]), line(x, y, steps[kept][::-1], under[kept][::-1])
+            body += f'<path class="band {name}" d="{there}L{back[1:]}Z"/>'
+    values = {"positive": level["positive"], "negative": level["negative"]}
+    if np.array_equal(found["score_negative_soft"][0], steps):
+        values["negative, soft maximum"] = soft = smooth(found["score_negative_soft"][1])
+        body += f'<path class="soft" d="{line(x, y, steps[kept], soft[kept])}"/>'
+        keys = '<span class="key dashed">soft maximum of the negatives</span>'
+    for name in ("negative", "positive"):
+        body += f'<path class="score {name}" d="{line(x, y, steps[kept], level[name][kept])}"/>'
+    summary = " ".join(
+        f"{name.capitalize()} score from {number(v[0])} to {number(v[-1])}." for name, v in values.items()
+    )
+    key = '<span class="key positive">positive</span><span class="key negative">negatives</span>'
+    what = (
+        "The products of query and key as the loss takes them, before the temperature: with the method's queue or batch as "
+        "negatives, and with whatever changes its features on the way; means over the anchors of a step. Bands: one standard "
+        "deviation of the positives of a step, and of the negatives of an anchor."
+    )
+    more = " The soft maximum, τ log mean exp(s/τ), is where the softmax sees the negatives." if keys else ""
+    figure = (
+        f'<figure data-chart="scores"><div class="keys">{key}{keys}</div>'
+        + plot(body, x, y, label=summary, name="scores", kind="tall")
+        + f"<figcaption>{what}{more} At the last step the positive lies <b>"
+        + number(float(level["positive"][-1] - level["negative"][-1]), 0.01)
+        + '</b> above the mean negative (<a href="https://arxiv.org/abs/2108.02982">Zhu et al. 2021</a>).</figcaption></figure>'
+    )
+    (name, first), *others = values.items()
+    data = {
+        "step": steps[kept].astype(int).tolist(),
+        "x": [x.low, x.high],
+        "plots": {
+            "scores": {
+                "name": name,
+                "values": _list(first[kept]),
+                "y": [y.low, y.high],
+                "also": [{"name": other, "values": _list(v[kept])} for other, v in others],
+            }
+        },
     }
     return figure, data
 

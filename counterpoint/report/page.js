@@ -50,7 +50,8 @@
         for (const mark of [cross, spot, text]) mark.hidden = false;
         cross.style.left = spot.style.left = `${across * 100}%`;
         spot.style.bottom = `${clamp(up, 0, 1) * 100}%`;
-        text.textContent = `${k ? "" : `step ${integer(chart.step[at])} · `}${plot.name} ${short(plot.values[at])}`;
+        const said = [plot, ...(plot.also ?? [])].map(s => `${s.name} ${short(s.values[at])}`).join(" · ");
+        text.textContent = `${k ? "" : `step ${integer(chart.step[at])} · `}${said}`;
         text.style.left = across < 0.6 ? `calc(${across * 100}% + 8px)` : "auto";
         text.style.right = across < 0.6 ? "auto" : `calc(${(1 - across) * 100}% + 8px)`;
       });

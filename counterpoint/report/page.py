@@ -183,6 +183,7 @@ def training(run: Run, charts: dict[str, Any]) -> str:
     for name, title, figure in (
         ("loss", "Loss", figures.loss(run)),
         ("similarity", "Similarity of positive and negative pairs", figures.similarity(run)),
+        ("scores", "Scores that enter the loss", figures.scores(run)),
     ):
         if figure:
             parts.append(f"<section><h2>{title}</h2>{figure[0]}</section>")

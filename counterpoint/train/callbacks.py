@@ -107,12 +107,17 @@ class Recorder(lightning.Callback):
     """Appends one JSON line per recorded step to metrics.jsonl, and passes the scalars to the loggers.
 
     Every `every` steps: loss, rate, speed. Every `look` records also the geometry of the batch: histograms of positive
-    and negative cosine similarity (50 bins over -1..1), alignment, uniformity, effective rank of the projections.
+    and negative cosine similarity (50 bins over -1..1), alignment, uniformity, effective rank of the projections, and
+    the scores that entered the loss: see `geometry`.
+
+    Attributes:
+        scores: the last of these scores by their names, for whoever shows them.
     """
 
     def __init__(self, run: Path, every: int = 10, look: int = 2):
         self.path, self.every, self.look = run / "metrics.jsonl", every, look
         self.elapsed, self.mark, self.images = 0.0, 0.0, 0
+        self.scores: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"elapsed": self.elapsed + time.perf_counter() - self.mark if self.mark else self.elapsed}
@@ -140,6 +145,7 @@ class Recorder(lightning.Callback):
         shape = {}
         if method.watched:
             shape = geometry(**method.watched, temperature=getattr(method, "temperature", None))
+            self.scores = {name: value for name, value in shape.items() if "score_" in name}
             method.watched = {}
         if not trainer.is_global_zero:
             return
@@ -253,8 +259,9 @@ class Checkpointer(lightning.Callback):
         if not stepped(trainer, batch_idx):  # half-accumulated gradients are in no checkpoint
             return
         last = batch_idx + 1 == trainer.num_training_batches
-        final = last and (trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop)
-        if trainer.world_size > 1 and not last and trainer.global_step < self.ask:  # the same on all ranks
+        done = trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop
+        final = (last and done) or trainer.global_step == trainer.max_steps
+        if trainer.world_size > 1 and not (last or final) and trainer.global_step < self.ask:  # the same on all ranks
             return
         now = time.perf_counter()
         waited = now - self.saved
@@ -278,7 +285,12 @@ class Checkpointer(lightning.Callback):
 
 
 class Progress(lightning.Callback):
-    """One bar for the whole training: epoch, loss, speed, time left. Piped output gets a line per tenth instead."""
+    """One bar for the whole training: epoch, loss, scores of positives and negatives where a step showed them, speed, time
+    left. Piped output gets a line per tenth instead.
+    """
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
 
     def on_train_start(self, trainer: Any, method: Any) -> None:
         from rich.console import Console
@@ -288,6 +300,8 @@ class Progress(lightning.Callback):
         if not trainer.is_global_zero:
             return
         self.total = int(trainer.num_training_batches) * trainer.max_epochs
+        if trainer.max_steps > 0:
+            self.total = min(self.total, trainer.max_steps * trainer.accumulate_grad_batches)
         self.done = trainer.current_epoch * int(trainer.num_training_batches)
         self.images, self.mark, self.said = 0, time.perf_counter(), -1
         console = Console(stderr=True)
@@ -317,7 +331,12 @@ class Progress(lightning.Callback):
             return
         speed = self.images / max(now - self.mark, 1e-9)
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        status = f"{epoch}  loss {total(method):.3f}  {speed:,.0f} {method.family}/s"
+        seen = self.recorder.scores
+        scores = [f"{side} {seen[f'score_{side}']:.2f}" for side in ("positive", "negative") if f"score_{side}" in seen]
+        parts = [epoch, f"loss {total(method):.3f}", *scores, f"{speed:,.0f} {method.family}/s"]
+        if self.bar and self.bar.console.width < 100:
+            parts = [part for part in parts if part not in scores]
+        status = "  ".join(parts)
         if self.bar:
             self.bar.update(self.task, completed=self.done, status=status)
         else:
@@ -361,11 +380,24 @@ def total(method: Any) -> float:
     return sum(float(term.detach()) for term in method.terms.values())
 
 
-def geometry(query: Tensor, key: Tensor, *, temperature: Any = None, most: int = 512) -> dict[str, Any]:
+def geometry(
+    query: Tensor,
+    key: Tensor,
+    *,
+    pairs: contrast.Pairs | None = None,
+    temperature: Any = None,
+    most: int = 512,
+) -> dict[str, Any]:
     """How one batch of pairs lies on the sphere (at most `most` pairs, so that looking costs nothing noticeable).
 
     With a temperature also `coupling`, the mean factor q = 1 - p(positive) that NT-Xent's gradients carry.
+
+    The scores that enter the loss, those of `pairs` (without them, of each query among the keys), as means over the
+    anchors: `score_positive`, `score_negative`, the variance of an anchor's negatives `score_negative_variance`, that of
+    the positives `score_positive_variance`, and with a temperature `exp_score_positive`, `exp_score_negative` (of s / tau) and
+    `score_negative_soft`, tau log mean exp(s / tau), where the softmax sees the negatives.
     """
+    pairs = contrast.Pairs(query, key) if pairs is None else pairs
     query, key = contrast.unit(query[:most]), contrast.unit(key[:most])
     similarity = query @ key.T
     off = ~torch.eye(len(query), dtype=torch.bool, device=query.device)
@@ -379,7 +411,21 @@ def geometry(query: Tensor, key: Tensor, *, temperature: Any = None, most: int =
         record["uniformity"] = float(contrast.uniformity(query))
         if temperature is not None:
             record["coupling"] = float(contrast.coupling(query, key, temperature=temperature).mean())
+    record |= _scores(pairs, temperature, most)
     return {name: value for name, value in record.items() if isinstance(value, list) or math.isfinite(value)}
+
+
+def _scores(pairs: contrast.Pairs, temperature: Any, most: int) -> dict[str, float]:
+    tau = 1.0 if temperature is None else float(torch.as_tensor(temperature).detach())
+    seen = pairs.scores(tau, most=most).double()
+    negative, variance, positive, exp_negative, exp_positive = seen.mean(0).tolist()
+    record = {"score_positive": positive, "score_negative": negative, "score_negative_variance": variance}
+    if len(seen) > 1:
+        record["score_positive_variance"] = float(seen[:, 2].var())
+    if temperature is not None:
+        record |= {"exp_score_positive": exp_positive, "exp_score_negative": exp_negative}
+        record["score_negative_soft"] = float((tau * seen[:, 3].log()).mean())
+    return record
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -35,6 +35,7 @@ def fit(
     *,
     epochs: int = 100,
     batch_size: int = 256,
+    steps: int | None = None,
     optimizer: Literal["sgd", "lars", "adam", "adamw"] = "sgd",
     lr: float = 0.06,
     weight_decay: float = 5e-4,
@@ -71,6 +72,7 @@ def fit(
         data: known name, folder of images, array file, array or tensor; see `counterpoint.data.load`.
         epochs: passes over the data.
         batch_size: items per step over all devices; views come on top.
+        steps: optimiser steps after which the training ends, whatever `epochs` says: equal work on data of any size.
         optimizer: update rule.
         lr: peak learning rate, used as given.
         weight_decay: on weights, not on biases and normalisation.
@@ -109,7 +111,7 @@ def fit(
     """
     options = {name: value for name, value in locals().items() if name not in ("method", "data", "run", "command")}
     _check_options(options)
-    items = method.read(data, limit=limit, seed=seed)
+    items = method.training_items(data, limit=limit, seed=seed)
     config = describe(method, _name(data), options, command)
     _check(method, items, options)
     score = _score(method, data, options)
@@ -169,7 +171,7 @@ def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | No
         raise InputError(f"{folder} was trained on an array: pass the same data again")
     method = result.untrained().train()
     data = config["data"] if data is None else data
-    items = method.read(data, limit=options["limit"], seed=options["seed"])
+    items = method.training_items(data, limit=options["limit"], seed=options["seed"])
     result.method = method
     return _train(result, method, items, _score(method, data, options), options, resume=True)
 
@@ -195,22 +197,23 @@ def _train(result: Run, method: Method, items: Any, score: Any, options: dict[st
     batches = Batches(items, options["batch_size"], seed=options["seed"], workers=options["workers"])
     guard = FiniteLoss(result.folder)
     checkpointer = Checkpointer(result.folder, guard, options["checkpoint_seconds"])
-    callbacks: list[Any] = [
-        StepSeed(options["seed"]),
-        Position(batches),
-        guard,
-        Recorder(result.folder, options["log_every"]),
-    ]
+    recorder = Recorder(result.folder, options["log_every"])
+    callbacks: list[Any] = [StepSeed(options["seed"]), Position(batches), guard, recorder]
     if score is not None:
         callbacks.append(Selection(result, score, options["validate"], options["patience"]))
     callbacks.append(checkpointer)  # last, so that a checkpoint holds what the others know
     if options["progress"]:
-        callbacks.append(Progress())
+        callbacks.append(Progress(recorder))
+    steps, epochs = options["steps"], options["epochs"]
+    if steps is not None:
+        epochs = -(-steps // -(-len(batches) // options["accumulate"]))
+    parallel = "ddp_find_unused_parameters_true" if method.parts_rest else "ddp"
     trainer = lightning.Trainer(
-        max_epochs=options["epochs"],
+        max_epochs=epochs,
+        max_steps=-1 if steps is None else steps,
         accelerator=options["device"],
         devices=options["devices"],
-        strategy="ddp" if options["devices"] > 1 else "auto",
+        strategy=parallel if options["devices"] > 1 else "auto",
         sync_batchnorm=options["devices"] > 1 and torch.cuda.is_available() and options["device"] != "cpu",
         precision=options["precision"],
         accumulate_grad_batches=options["accumulate"],
@@ -225,6 +228,7 @@ def _train(result: Run, method: Method, items: Any, score: Any, options: dict[st
         use_distributed_sampler=False,
     )
     batches.to(trainer.strategy.root_device, trainer.global_rank, trainer.world_size)
+    batches.grouping = method.grouping
     if options["compile"]:
         for part in method.children():
             part.compile()
@@ -258,6 +262,8 @@ def _check_options(options: dict[str, Any]) -> None:
         if not low <= options[name] <= high:
             between = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise InputError(f"{name} must be {between}, not {options[name]}")
+    if options["steps"] is not None and options["steps"] < 1:
+        raise InputError(f"steps must be at least 1, not {options['steps']}")
     for name in ("lr", "clip"):
         value = options[name]
         if value is not None and not 0 < value < math.inf:
@@ -281,6 +287,8 @@ def _check(method: Method, items: Any, options: dict[str, Any]) -> None:
     batch_size, accumulate = options["batch_size"], options["accumulate"]
     if len(items) < 2:
         raise InputError(f"contrast needs at least two items in a batch, but the data has {len(items)}")
+    if method.classification is not None:
+        _check_classes(method, items)
     if not method.automatic_optimization and (accumulate > 1 or options["clip"] is not None):
         raise InputError(f"{type(method).__name__} takes its own optimiser steps: leave accumulate and clip out")
     if batch_size > len(items):
@@ -291,6 +299,18 @@ def _check(method: Method, items: Any, options: dict[str, Any]) -> None:
             "(chunk= computes large batches in little memory)",
             accumulate,
             batch_size,
+        )
+
+
+def _check_classes(method: Any, items: Any) -> None:
+    label, name = getattr(items, "label", None), getattr(items, "name", "the data")
+    if label is None:
+        raise InputError(f"{type(method).__name__} learns from labels, but {name} has none")
+    most = int(label.max()) + 1
+    if int(label.min()) < 0 or most > method.classes:
+        raise InputError(
+            f"{name} has labels from {int(label.min())} to {most - 1}, but {type(method).__name__} was built for "
+            f"{method.classes} classes: give --classes {most} and number them from 0"
         )
 
 

@@ -5,6 +5,7 @@ import inspect
 import types
 import typing
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from counterpoint.contrast import Pairs
 from counterpoint.data import load
 from counterpoint.errors import CounterpointError, InputError, nearest
 from counterpoint.train.batches import Batches
@@ -36,8 +38,17 @@ class Method(lightning.LightningModule):
     uses_labels = False
     """Whether the objective reads ``batch["label"]``."""
 
+    parts_rest = False
+    """Whether some of its weights take no part in some steps (several processes must know)."""
+
     family = "images"
     """What it embeds, which decides how it is measured: "images", "sentences" or "histories"."""
+
+    classification: str | None = None
+    """Protocol of the method's own classifier: "online-head" if the encoder learns nothing from it, "fine-tune" if it does.
+
+    None: it has none. Otherwise it has `class_scores`, and `classes`, how many it tells apart.
+    """
 
     encoder: Any
     arguments: dict[str, Any]
@@ -58,7 +69,7 @@ class Method(lightning.LightningModule):
         super().__init__()
         self.optimisation = Optimisation()
         self.watching = False
-        self.watched: dict[str, Tensor] = {}
+        self.watched: dict[str, Any] = {}
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor | dict[str, Tensor]:
@@ -68,17 +79,46 @@ class Method(lightning.LightningModule):
         """Embeddings ``[B, D]`` of a batch as the world sees them: no random views, no projector."""
         return self.encoder.embed(batch)
 
+    def projected(self, batch: Batch) -> Tensor:
+        """What the objective contrasts ``[B, P]``: `embed`, and then the projector that is thrown away after training.
+
+        Raises:
+            InputError: the method has no projector.
+        """
+        if not callable(projector := getattr(self, "projector", None)):
+            raise InputError(f"{type(self).__name__} has no projection head: there is nothing to measure after it")
+        return projector(self.embed(batch))
+
+    def class_scores(self, batch: Batch) -> Tensor:
+        """Scores ``[B, classes]`` of a batch under the method's own classifier: no random views."""
+        raise InputError(f"{type(self).__name__} has no classifier of its own: fit one to the vectors of encode")
+
     def after_step(self) -> None:
         """Called after every optimiser step."""
+
+    def grouping(self, epoch: int, items: Any) -> Tensor | None:
+        """Group of each item int64 ``[N]`` if the batches of this epoch shall hold items of one group each; else None.
+
+        Asked when the epoch's first batch is (or, after a stop within it, the first that is left), so the weights may be
+        looked at; the answer must come from them and from buffers alone.
+        """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups; by default weights with weight decay, biases and normalisation without."""
         return decay_groups(self, self.optimisation.weight_decay)
 
-    def watch(self, query: Tensor, key: Tensor) -> None:
-        """Show paired embeddings of this batch to whoever looks (metrics, report); free unless a step is recorded."""
+    def watch(self, query: Tensor, key: Tensor, pairs: Pairs | None = None) -> None:
+        """Show paired embeddings of this batch to whoever looks (metrics, report); free unless a step is recorded.
+
+        Args:
+            query: as the encoder made them.
+            key: row i belongs to row i.
+            pairs: what enters the loss, with its queue and its changes; without, each query among the keys of the batch.
+        """
         if self.watching:
             self.watched = {"query": query.detach(), "key": key.detach()}
+            if pairs is not None:
+                self.watched["pairs"] = pairs.detach()
 
     @property
     def progress(self) -> float:
@@ -120,7 +160,10 @@ class Method(lightning.LightningModule):
         channels = getattr(self, "channels", None)
         return items if channels is None else items.channels(channels)
 
-    @torch.no_grad()
+    def training_items(self, data: Any, *, limit: int | None = None, seed: int = 0) -> Any:
+        """What to train on: the items of `data`, and whatever the method adds to them."""
+        return self.read(data, limit=limit, seed=seed)
+
     def encode(self, data: Any, *, split: str = "train", batch_size: int = 512) -> np.ndarray:
         """Embeddings of a data set as a float32 array ``[N, D]``.
 
@@ -132,16 +175,47 @@ class Method(lightning.LightningModule):
         Raises:
             InputError: items of a list that cannot be read: the rows would no longer be those of the list.
         """
+        return self._rows(self.embed, data, split, batch_size).numpy()
+
+    def encode_projected(self, data: Any, *, split: str = "train", batch_size: int = 512) -> np.ndarray:
+        """As `encode`, of what comes out of the projection head: float32 ``[N, P]``.
+
+        Args:
+            data: whatever `read` takes.
+            split: which part of a data set that has several.
+            batch_size: items per forward pass.
+
+        Raises:
+            InputError: the method has no projector; as `encode`.
+        """
+        return self._rows(self.projected, data, split, batch_size).numpy()
+
+    def classify(self, data: Any, *, split: str = "train", batch_size: int = 512) -> np.ndarray:
+        """The class of every item, int64 ``[N]``, under the method's own classifier.
+
+        Args:
+            data: whatever `read` takes.
+            split: which part of a data set that has several.
+            batch_size: items per forward pass.
+
+        Raises:
+            InputError: the method has no classifier; as `encode`.
+        """
+        return self._rows(self.class_scores, data, split, batch_size).argmax(1).numpy()
+
+    @torch.no_grad()
+    def _rows(self, function: Callable[[Batch], Tensor], data: Any, split: str, batch_size: int) -> Tensor:
+        """What `function` makes of every item, in their order, float32 on the CPU."""
         batches = Batches(self.read(data, split), batch_size, shuffle=False).to(self.device)
         training = self.training
         self.eval()
         try:
-            found = torch.cat([self.embed(self.to_device(batch)).float().cpu() for batch in batches])
+            found = torch.cat([function(self.to_device(batch)).float().cpu() for batch in batches])
         finally:
             self.train(training)
         if isinstance(data, list | tuple) and len(found) != len(data):
             raise InputError(f"{len(data) - len(found):,} of {len(data):,} items cannot be embedded: leave them out")
-        return found[batches.order().argsort()].numpy()
+        return found[batches.order().argsort()]
 
     @property
     def stored_size(self) -> int | None:

@@ -76,12 +76,17 @@ class Run:
         return method.eval()
 
     def untrained(self) -> Method:
-        """The same method with weights drawn from the run's seed: where a training from the command line started."""
+        """The same method with weights drawn from the run's seed: where a training from the command line started.
+
+        A training that went on from an earlier run (`start`) began with that run's encoder; here it is a random one.
+        """
         from counterpoint import methods
 
         config = self.config
         torch.manual_seed(config["fit"]["seed"])
-        return construct(methods.get(config["method"]), config["model"]).eval()
+        # an earlier run that this one started from is no part of it, and may be gone
+        arguments = {name: value for name, value in config["model"].items() if name != "start"}
+        return construct(methods.get(config["method"]), arguments).eval()
 
     def encode(self, data: Any, **options: Any) -> Any:
         """Embeddings of `data` under the trained method; see `Method.encode`."""
@@ -107,7 +112,7 @@ def describe(method: Method, data: Any, fit: dict[str, Any], command: str | None
         "model": {name: plain(value) for name, value in method.arguments.items()},
         "data": data,
         "fit": fit,
-        "labels_used_in_training": type(method).uses_labels,
+        "labels_used_in_training": method.uses_labels,
     } | ({"command": command} if command else {})
 
 

@@ -36,6 +36,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 _YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 _CROP_TRIES = 10
+_CENTRE_TRIES = 16  # of which each succeeds with a probability of at least one half
 _FRAME = 0.75  # seen beside white paper as well as beside black
 
 
@@ -65,6 +66,10 @@ class ImageViews:
         size: side of the square output in pixels; None keeps the input's height and width.
         crop: smallest and largest share of the image's area kept by the random resized crop; None for no crop.
         ratio: smallest and largest width / height of the crop, drawn log-uniformly.
+        crop_centre: bounds of the crop's centre along both axes, shares of the side; (0.25, 0.75) is the central quarter of the
+            image. A crop that would stand out of the image is moved back into it. None: any place inside.
+        crop_beta: shape a of the distribution Beta(a, a) of the centre between these bounds: 1 is even, less prefers the
+            bounds to what lies between (0.1: nearly always one of the corners).
         flip: probability of a left-right mirror.
         jitter: strengths s of (brightness, contrast, saturation, hue); factors are drawn from [max(0, 1 - s), 1 + s],
             the hue from [-s, s] of a full turn. One-channel images use the first two.
@@ -100,6 +105,8 @@ class ImageViews:
     elastic: float = 0.0
     elastic_smooth: int = 4
     thickness: float = 0.0
+    crop_centre: tuple[float, float] | None = None
+    crop_beta: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter_p", "grey", "blur", "solarise", "thickness"):
@@ -111,6 +118,14 @@ class ImageViews:
                 raise InputError(f"views: {name} needs two values with 0 < smallest <= largest, got {pair}")
         if self.crop is not None and self.crop[1] > 1:
             raise InputError(f"views: crop is a share of the image's area, at most 1, got {self.crop}")
+        if self.crop_centre is not None and (
+            self.crop is None or len(self.crop_centre) != 2 or not 0 <= self.crop_centre[0] <= self.crop_centre[1] <= 1
+        ):
+            raise InputError(
+                f"views: crop_centre needs two shares with 0 <= smallest <= largest <= 1, and a crop, got {self.crop_centre}"
+            )
+        if not 0 < self.crop_beta <= 1:
+            raise InputError(f"views: crop_beta lies above 0 and is at most 1, got {self.crop_beta}")
         if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise InputError(
                 "views: jitter needs four strengths (brightness, contrast, saturation, hue), none negative and hue at"
@@ -131,6 +146,25 @@ class ImageViews:
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random view of each image: [B, C, H, W] -> float32 [B, C, size, size]."""
         return image_views(images, self, generator)
+
+    def with_geometry(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """One random view of each image, the same as a call draws, and where in the image it lies.
+
+        Returns:
+            The views, and float32 [B, 4]: left, top, right and bottom edge of each view as shares of the image's width and
+            height. Of a mirrored view left and right are exchanged, so that left + share * (right - left) always says where a
+            place of the view comes from.
+
+        Raises:
+            InputError: views that turn, slant or bend, so that four numbers could not say where they lie.
+        """
+        if self.rotate or self.shear or self.translate or self.elastic or tuple(self.scale) != (1.0, 1.0):
+            raise InputError("views: only crops and mirrors have a geometry of four numbers; leave the other moves out")
+        with _full_precision(images.device):
+            view, boxes, flip = _view(images, self, generator)
+            x, y, w, h = boxes.unbind(1)
+            left, right = (x, x + w) if flip is None else (torch.where(flip, x + w, x), torch.where(flip, x, x + w))
+            return view, torch.stack((left, y, right, y + h), dim=1)
 
 
 SIMCLR = ImageViews()
@@ -153,8 +187,40 @@ BYOL = (BYOL_1, BYOL_2)
 SIMSIAM = MOCO_V2
 """Chen and He 2021 (arXiv 2011.10566), section 4, baseline settings: MoCo v2's views."""
 
+SWAV = replace(SIMCLR, crop=(0.14, 1.0))
+"""Caron et al. 2020 (arXiv 2006.09882), large views beside small ones, as released; without small ones they take SIMCLR."""
+
+SWAV_SMALL = replace(SIMCLR_SMALL, crop=(0.3, 1.0))
+"""The same for small images, whose small views then show less than the large ones (multi-crop-small). Ours."""
+
+SIMCLR_ADAINF = replace(SIMCLR, crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.4)
+"""Wang et al. 2024 (arXiv 2403.12448), released symmetric_adainf: milder crops, half of SIMCLR's colour, half as often."""
+
+BYOL_ADAINF_1 = ImageViews(crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.4, blur=0.0)
+"""Wang et al. 2024, released asymmetric_adainf, first view."""
+
+BYOL_ADAINF_2 = replace(BYOL_ADAINF_1, solarise=0.2)
+"""Wang et al. 2024, released asymmetric_adainf, second view."""
+
 CLOTHES = replace(SIMCLR_SMALL, crop=(0.3, 1.0), grey=0.0)
 """For small centred grey pictures such as Fashion-MNIST: milder crops, brightness and contrast only. Ours."""
+
+UPRIGHT = replace(CLOTHES, crop=(0.5, 1.0), ratio=(1.0, 1.0), flip=0.0)
+"""For pictures whose direction is what is to be known: `CLOTHES` without mirror and uneven crops. Ours."""
+
+SUPERVISED = replace(SIMCLR_SMALL, crop=(0.7, 1.0), grey=0.0)
+"""For training with labels: most of the image, mirror, brightness and colour. Crop as in erow/vitookit's CIFAR-10 recipe."""
+
+FINE_TUNING = ImageViews(
+    crop=(0.88, 0.89),
+    ratio=(1.0, 1.0),
+    jitter=(0.0, 0.0, 0.0, 0.0),
+    jitter_p=0.0,
+    grey=0.0,
+    blur=0.0,
+    rotate=15.0,
+)
+"""Zhang et al. 2021 (arXiv 2102.06605), released script: 256 of 272 pixels at random, turned by up to 15 degrees, mirror."""
 
 HANDWRITING = ImageViews(
     crop=None,
@@ -174,12 +240,61 @@ HANDWRITING = ImageViews(
 turn one character into another (no mirror, no small crop)."""
 
 
+HALLUCINATOR_2 = replace(SIMCLR_SMALL, crop=(0.2, 1.0))
+"""Wu et al. 2023 (arXiv 2307.12168), released configurations for small images: MoCo v2's views without blur."""
+
+HALLUCINATOR_1 = replace(HALLUCINATOR_2, crop_centre=(0.25, 0.75), crop_beta=0.1)
+"""The same with a centre-suppressed crop (Peng et al. 2022, arXiv 2202.03278, whose box is the centre here)."""
+
+
+def with_strength(views: ImageViews, strength: float) -> ImageViews:
+    """The same views, stronger or weaker by one number: 1 leaves them, 0.5 turns SIMCLR into SIMCLR_ADAINF.
+
+    The colour jitter, its probability and its strengths both, is multiplied by `strength`; the smallest crop is multiplied
+    by 2.5 for each half that `strength` is below 1 (0.08, 0.2, 0.5).
+
+    Raises:
+        InputError: a negative strength.
+    """
+    if not 0 <= strength < math.inf:
+        raise InputError(f"views: the strength is a number from 0 on, got {strength}")
+    crop = views.crop
+    if crop is not None:
+        crop = (min(crop[0] * 6.25 ** (1 - strength), crop[1]), crop[1])
+    brightness, contrast, saturation, hue = (strength * each for each in views.jitter)
+    jitter, probability = (brightness, contrast, saturation, min(0.5, hue)), min(1.0, strength * views.jitter_p)
+    return replace(views, crop=crop, jitter=jitter, jitter_p=probability)
+
+
+def without_overlay(batch: dict[str, Tensor], p: float, generator: torch.Generator | None = None) -> Tensor:
+    """The images of a batch, each with probability p without what was painted over it (``batch["background"]``).
+
+    Each call draws anew, so that two views of an image may differ in it.
+
+    Args:
+        batch: with "image" and "background", uint8 [B, C, H, W]; see `counterpoint.data.composites`.
+        p: probability of losing the overlay.
+        generator: source of the draws; None is the global generator of the images' device.
+
+    Raises:
+        InputError: images without anything painted over them, or no probability.
+    """
+    if not 0 <= p <= 1:
+        raise InputError(f"views: the probability of losing the overlay must be between 0 and 1, got {p}")
+    if p == 0:
+        return batch["image"]
+    if "background" not in batch:
+        raise InputError("these images have no overlay to lose: take a composite such as cifar-fashion, or p = 0")
+    lost = _uniform(batch["image"], 1, generator)[0] < p
+    return torch.where(lost[:, None, None, None], batch["background"], batch["image"])
+
+
 def image_views(images: Tensor, views: ImageViews, generator: torch.Generator | None = None) -> Tensor:
     r"""One random view of each image of a batch.
 
     Order: geometry, stroke thickness, colour, clamp to [0, 1], blur, solarise, normalise. Outside the image the nearest
-    edge pixel is repeated. An image more than twice as large as the view is first averaged down to twice its size,
-    because bilinear sampling alone would alias.
+    edge pixel is repeated. An image of which a view shows more than twice as many pixels as it has is first averaged
+    down to twice its size, because bilinear sampling alone would alias.
 
     Args:
         images: uint8 (0 to 255) or floating (0 to 1) [B, C, H, W]; C is 1 or 3, any C where no colour is changed.
@@ -193,10 +308,15 @@ def image_views(images: Tensor, views: ImageViews, generator: torch.Generator | 
     Raises:
         InputError: not a batch of images, no images, or a number of channels that the choices do not fit.
     """
+    return _view(images, views, generator)[0]
+
+
+def _view(images: Tensor, views: ImageViews, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The view, and the boxes (x, y, w, h) and mirrors it was sampled by."""
     _check(images, views)
     with _full_precision(images.device):
         x = _unit_range(images)
-        x = _geometry(x, views, generator)
+        x, boxes, flip = _geometry(x, views, generator)
         if views.thickness:
             x = thickness(x, *_thickness_draws(x, views, generator))
         if _changes_colour(views):
@@ -206,7 +326,7 @@ def image_views(images: Tensor, views: ImageViews, generator: torch.Generator | 
         if views.solarise:
             apply = _uniform(x, 1, generator)[0] < views.solarise
             x = torch.where(apply[:, None, None, None] & (x >= 0.5), 1 - x, x)
-        return x
+        return x, boxes, flip
 
 
 def plain(
@@ -288,6 +408,22 @@ def crop_boxes(height: int, width: int, area: tuple[float, float], ratio: tuple[
     return torch.stack((left * (1 - w), top * (1 - h), w, h), dim=1)
 
 
+def centred_boxes(boxes: Tensor, centre: tuple[float, float], beta: float, draws: Tensor) -> Tensor:
+    """Crops of the same sizes whose centres are drawn between bounds, from uniform draws [2, 2 * tries, B].
+
+    The bounds of the upper left corner are those of the centre less half the crop, moved into the image; between them it
+    falls by Beta(beta, beta), drawn by Johnk's rejection (Peng et al. 2022, arXiv 2202.03278, not rounded to whole pixels).
+    """
+    size = boxes[:, 2:].T
+    low, high = ((bound - size / 2).clamp(min=0).minimum(1 - size) for bound in centre)
+    one, other = draws.clamp(min=torch.finfo(draws.dtype).tiny).log().div(beta).chunk(2, dim=1)
+    accepted = torch.logaddexp(one, other) <= 0
+    # of draws that were all rejected the first counts; a probability of 2 ** -tries at most
+    first = accepted.int().argmax(dim=1, keepdim=True)
+    place = torch.sigmoid(one - other).gather(1, first)[:, 0]
+    return torch.cat((low + (high - low) * place, size)).T
+
+
 def sampling_map(
     boxes: Tensor,
     flip: Tensor | None = None,
@@ -355,30 +491,34 @@ def _basis(height: int, width: int, points: int, device: torch.device) -> Tensor
         return torch.stack(rows).flatten(1)
 
 
-def _geometry(x: Tensor, views: ImageViews, generator: torch.Generator | None) -> Tensor:
+def _geometry(x: Tensor, views: ImageViews, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor | None]:
     height, width = x.shape[-2:]
     out_height, out_width = (height, width) if views.size is None else (views.size, views.size)
     affine = bool(views.rotate or views.shear or views.translate or tuple(views.scale) != (1.0, 1.0))
     count, device = x.shape[0], x.device
+    # the part that fills the view without stretching it
+    w, h = (1.0, 1.0) if views.size is None else (min(1.0, height / width), min(1.0, width / height))
+    boxes = _constant(((1 - w) / 2, (1 - h) / 2, w, h), device).expand(count, 4)
 
     if not (views.crop or affine or views.elastic):
         x = _resize(x, views.size)
-        if views.flip:
-            mirrored = _uniform(x, 1, generator)[0] < views.flip
+        mirrored = _uniform(x, 1, generator)[0] < views.flip if views.flip else None
+        if mirrored is not None:
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        return x
+        return x, boxes, mirrored
 
-    enough = max(2 * out_height / height, 2 * out_width / width)
+    # of a small crop more detail is shown than of the whole
+    shown = math.sqrt(views.crop[1]) if views.crop else 1.0
+    enough = max(2 * out_height / height, 2 * out_width / width) / shown
     if enough < 1:
         x = F.interpolate(x, (math.ceil(height * enough), math.ceil(width * enough)), mode="area")
 
     if views.crop:
         draws = _uniform(x, 2 * _CROP_TRIES + 2, generator)
         boxes = crop_boxes(height, width, views.crop, views.ratio, draws)
-    else:
-        # the part that fills the view without stretching it
-        w, h = (1.0, 1.0) if views.size is None else (min(1.0, height / width), min(1.0, width / height))
-        boxes = _constant(((1 - w) / 2, (1 - h) / 2, w, h), device).expand(count, 4)
+        if views.crop_centre:
+            draws = _draw(torch.rand, (2, 2 * _CENTRE_TRIES, count), device, generator)
+            boxes = centred_boxes(boxes, views.crop_centre, views.crop_beta, draws)
 
     flip = _uniform(x, 1, generator)[0] < views.flip if views.flip else None
     angle = shear = scale = shift = None
@@ -394,7 +534,7 @@ def _geometry(x: Tensor, views: ImageViews, generator: torch.Generator | None) -
     if views.elastic:
         k = views.elastic_smooth
         bumps = views.elastic * _draw(torch.randn, (count, 2, k, k), device, generator)
-    return resample(x, maps, out_height, out_width, bumps)
+    return resample(x, maps, out_height, out_width, bumps), boxes, flip
 
 
 def _resize(x: Tensor, size: int | None) -> Tensor:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from counterpoint.contrast import alignment, effective_rank, uniformity, unit
+from counterpoint import contrast
+from counterpoint.contrast import Pairs, alignment, effective_rank, score_stats, uniformity, unit
 from counterpoint.errors import InputError
 
 
@@ -139,3 +140,70 @@ def test_effective_rank_is_the_exponential_of_the_entropy(reference):
 def test_bad_input_is_named(call, named):
     with pytest.raises(InputError, match=named):
         call(torch.randn(4, 3))
+
+
+def plain_stats(query, key, rows, tau):
+    """Query by query, of the rows that are its own."""
+    found = []
+    for q, k, own in zip(query, key, rows, strict=True):
+        s = own @ q
+        found.append(torch.stack([s.mean(), s.var(), q @ k, (s / tau).exp().mean(), (q @ k / tau).exp()]))
+    return torch.stack(found).float()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_score_stats_are_those_of_the_scores(normalize, dtype, tiles):
+    query, key, negatives = data(7, 6) / 2, data(7, 6, seed=1) / 2, data(40, 6, seed=2) / 2
+    own, without = data(7, 3, 6, seed=3) / 2, torch.stack([torch.arange(7), torch.arange(20, 27)], dim=1)
+    q, k, n, h = (unit(x) if normalize else x for x in (query, key, negatives, own))
+    kept = [torch.cat([n[[j for j in range(40) if j not in out.tolist()]], h[i]]) for i, out in enumerate(without)]
+    given = (x.to(dtype).requires_grad_() for x in (query, key, negatives))
+    options = {"without": without, "hard_negatives": own.to(dtype), "normalize": normalize}
+    found = score_stats(*given, 0.5, **options)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    torch.testing.assert_close(found, plain_stats(q, k, kept, 0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_score_stats_keep_a_small_variance_beside_a_large_mean():
+    """Scores within 0.001 of 0.9: squares of the scores themselves would lose it in float32."""
+    query = torch.tensor([[1.0, 0.0]])
+    score = 0.9 + 1e-3 * data(500).float()
+    negatives = torch.stack([score, (1 - score.square()).sqrt()], dim=1)
+    found = score_stats(query, query, negatives, 0.1)
+    assert float(found[0, 1]) == pytest.approx(float(score.double().var()), rel=1e-3)
+
+
+def test_score_stats_of_too_few_negatives_are_not_a_number():
+    query = data(2, 4)
+    one = score_stats(query, query, data(1, 4, seed=1))
+    assert bool(one[:, 1].isnan().all()) and bool(one[:, [0, 2, 3]].isfinite().all())
+    none = score_stats(query, query, data(0, 4))
+    assert bool(none[:, [0, 1, 3]].isnan().all()) and bool(none[:, 2].isfinite().all())
+    alone = Pairs(query[:1], query[:1]).scores()
+    assert not bool(alone[:, [0, 1]].isfinite().any())
+    with pytest.raises(InputError, match="one shape"):
+        score_stats(query, query[:1], query)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "dcl", "info_nce", "clip_loss", "queue"])
+def test_scores_of_pairs_are_those_that_the_objective_compares(name):
+    """From the scores alone: -log p of the positive is the loss, for as many negatives as there are."""
+    n, tau = 6, 0.3
+    z1, z2, tensors = data(n, 5).float(), data(n, 5, seed=1).float(), {"temperature": tau, "reduction": "none"}
+    own = data(2 * n, 2, 5, seed=2).float()
+    if name == "queue":
+        objective, count = contrast.info_nce, 9 + 2
+        pairs = Pairs(z1, z2, negatives=data(9, 5, seed=3).float(), hard_negatives=own[:n], in_batch=False)
+    else:
+        objective = contrast.objective(name)
+        count = {"nt_xent": 2 * n - 2, "dcl": 2 * n - 2, "info_nce": n - 1, "clip_loss": n - 1}[name] + 2
+        pairs = Pairs.under(objective, z1, z2, hard_negatives=own if name != "info_nce" else own[:n])
+    seen = pairs.scores(tau)
+    repel, attract = count * seen[:, 3], 0 if name == "dcl" else seen[:, 4]
+    expected = (repel + attract).log() - seen[:, 2] / tau
+    if name == "clip_loss":
+        expected = expected.view(2, n).mean(0)
+    torch.testing.assert_close(pairs.loss(objective, **tensors), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pairs.scores(tau, most=4)[:4], seen[:4])
+    assert len(pairs.scores(tau, most=4)) == 4 * len(seen) // n

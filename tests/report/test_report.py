@@ -392,6 +392,53 @@ def test_template_has_no_place_left_empty() -> None:
         page.fill("{{missing}}", title="x")
 
 
+def with_scores(lines: list[str], **more: float) -> str:
+    made = []
+    for text in lines:
+        line = json.loads(text)
+        if "positive" in line:
+            share = line["step"] / 40
+            line |= {
+                "score_positive": -1.5 + share,
+                "score_negative": 0.1 - 0.05 * share,
+                "score_negative_variance": 0.04,
+            }
+            line |= {"score_positive_variance": 0.25, "score_negative_soft": 0.3 * share, **more}
+        made.append(json.dumps(line))
+    return "\n".join(made) + "\n"
+
+
+def test_scores_are_drawn_with_their_spread(run: Path) -> None:
+    assert "Scores that enter the loss" not in Page(write(run).read_text()).text  # a run of before
+    (run / "metrics.jsonl").write_text(with_scores(metrics_lines(400)))
+    text = write(run).read_text()
+    found = Page(text)
+    assert (
+        found.text.index("Similarity of")
+        < found.text.index("Scores that enter the loss")
+        < found.text.index("Geometry")
+    )
+    drawn = embedded(text)["charts"]["scores"]["plots"]["scores"]
+    assert drawn["name"] == "positive" and drawn["values"][0] == pytest.approx(-1.4) and drawn["values"][-1] == 8.5
+    assert [other["name"] for other in drawn["also"]] == ["negative", "negative, soft maximum"]
+    assert drawn["also"][0]["values"][-1] == pytest.approx(-0.4) and drawn["also"][1]["values"][-1] == pytest.approx(3)
+    assert drawn["y"][0] <= -1.4 - 0.5 and drawn["y"][1] >= 8.5 + 0.5  # room for the spread, off the range of a cosine
+    assert text.count('class="band positive"') == text.count('class="band negative"') == 1
+    assert "the positive lies 8.90 above the mean negative" in found.text
+
+
+def test_scores_without_a_temperature_or_with_one_look(run: Path) -> None:
+    lines = [json.loads(text) for text in with_scores(metrics_lines()).splitlines()]
+    for line in lines:
+        line.pop("score_negative_soft", None)
+        line.pop("score_positive_variance", None)
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = write(run).read_text()
+    assert "soft maximum" not in text and 'class="band positive"' not in text and 'class="band negative"' in text
+    (run / "metrics.jsonl").write_text(json.dumps(lines[3]))
+    assert "Scores that enter" not in write(run).read_text()
+
+
 def test_page_says_where_the_shown_items_come_from(run: Path) -> None:
     with np.load(run / "gallery.npz") as file:
         held = {name: file[name] for name in file.files}

@@ -254,6 +254,8 @@ def test_records_say_what_a_step_used(images, tmp_path):
         assert len(record["positive"]) == len(record["negative"]) == 50
         assert record["alignment"] >= 0 and record["uniformity"] <= 0 and 1 <= record["effective_rank"] <= 8
         assert 0 <= record["coupling"] <= 1
+        assert -1 <= record["score_negative"] <= record["score_negative_soft"] <= 1
+        assert record["score_positive"] == pytest.approx(1 - record["alignment"] / 2, abs=1e-5)
 
 
 def test_several_terms_are_told_and_add_up(images, tmp_path):
@@ -271,6 +273,36 @@ def test_geometry_of_a_known_batch():
     assert found["uniformity"] == pytest.approx(-4)  # all distances are sqrt 2, so log exp(-2 * 2)
     assert found["coupling"] == pytest.approx(1 - math.exp(2) / (math.exp(2) + 6))
     assert "uniformity" not in geometry(query[:1], query[:1])
+    assert found["score_positive"] == 1 and found["score_positive_variance"] == 0
+    assert found["score_negative"] == pytest.approx(0, abs=1e-7) and found["score_negative_variance"] < 1e-7
+    assert found["exp_score_positive"] == pytest.approx(math.exp(2))
+    assert found["score_negative_soft"] == pytest.approx(0, abs=1e-7)
+    assert "score_negative" not in geometry(query[:1], query[:1])  # of one pair there is none
+    assert not [name for name in geometry(query, query) if "exp" in name or "soft" in name]  # no temperature
+
+
+def test_the_scores_shown_are_those_that_enter_the_loss(images, tmp_path):
+    from counterpoint.memory.mixing import Transformation
+
+    part = Transformation(target="pos")
+    plain, hard = (
+        records(train(simclr(mixing=mixing), images, tmp_path / name, epochs=1, lr=1e-6, log_every=1))[0]
+        for name, mixing in (("plain", ()), ("hard", (part,)))
+    )
+    assert hard["alignment"] == plain["alignment"] and hard["positive"] == plain["positive"]  # of the embeddings
+    assert hard["score_positive"] < plain["score_positive"]  # of the loss
+    eye, tau = torch.eye(4), torch.tensor(0.01, requires_grad=True)
+    many = geometry(eye, eye, pairs=contrast.Pairs(eye, -eye), temperature=tau)
+    assert many["score_positive"] == -1 and many["alignment"] == 0
+    steep = geometry(torch.eye(4), torch.eye(4), temperature=0.01)
+    assert "exp_score_positive" not in steep and steep["score_positive"] == 1  # e^100 is no float32
+
+
+def test_watching_leaves_the_training_as_it_is(images, tmp_path):
+    weights = [
+        train(simclr(), images, tmp_path / str(every), log_every=every).model().state_dict() for every in (1, 1000)
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_a_second_telling_replaces_the_first(tmp_path):

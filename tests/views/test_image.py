@@ -15,7 +15,7 @@ from counterpoint.views.image import blur, colour, crop_boxes, resample, samplin
 STILL = ImageViews(crop=None, flip=0, jitter_p=0, grey=0, blur=0)
 NAMED = {
     name: getattr(views, name)
-    for name in ("SIMCLR", "SIMCLR_SMALL", "MOCO_V2", "BYOL_1", "BYOL_2", "SIMSIAM", "HANDWRITING")
+    for name in ("SIMCLR", "SIMCLR_SMALL", "MOCO_V2", "BYOL_1", "BYOL_2", "SIMSIAM", "HANDWRITING", "HALLUCINATOR_1")
 }
 
 
@@ -462,3 +462,39 @@ def test_montage_shows_originals_beside_views():
         left += side + gap
         assert picture[top : top + side, left : left + side].max() <= 128
     assert montage(photos(2, 1), views.HANDWRITING, 2, 3).shape[2] == 1
+
+
+# ---- where a view lies -----------------------------------------------------------------------------------------------
+
+
+def ramps(count: int, height: int = 64, width: int = 64) -> torch.Tensor:
+    """Images that say where one looks: x and y, shares of the sides, in the first two channels."""
+    x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.zeros(height, width)]).repeat(
+        count, 1, 1, 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("crop", "size", "shape"),
+    [((0.1, 0.6), 32, (64, 64)), ((0.1, 0.6), 16, (64, 48)), (None, 16, (64, 64)), (None, None, (40, 64))],
+)
+def test_the_geometry_of_a_view_says_what_it_shows(crop, size, shape):
+    views = ImageViews(size=size, crop=crop, jitter_p=0.0, grey=0.0, blur=0.0)
+    images = ramps(24, *shape)
+    view, box = views.with_geometry(images, seeded())
+    assert torch.equal(view, views(images, seeded()))  # the draws of a plain call
+    left, top, right, bottom = box[:, :, None].unbind(1)
+    assert 0 < int((left > right).sum()) < 24  # some are mirrored
+    height, width = view.shape[-2:]
+    x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
+    inside = slice(2, -2)  # the outermost pixels repeat the edge
+    shown_x, shown_y = view[:, 0].mean(1), view[:, 1].mean(2)
+    torch.testing.assert_close(shown_x[:, inside], (left + x * (right - left))[:, inside], rtol=0, atol=0.01)
+    torch.testing.assert_close(shown_y[:, inside], (top + y * (bottom - top))[:, inside], rtol=0, atol=0.01)
+
+
+def test_moves_that_four_numbers_cannot_tell_have_no_geometry():
+    for moves in ({"rotate": 5.0}, {"translate": 0.1}, {"scale": (0.9, 1.1)}, {"elastic": 0.1}, {"shear": 3.0}):
+        with pytest.raises(InputError, match="only crops and mirrors"):
+            ImageViews(**moves).with_geometry(ramps(2))

@@ -1,0 +1,62 @@
+"""Where a training may start from: the encoder of an earlier run, or an exported one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from counterpoint.encoders import ImageEncoder
+from counterpoint.errors import InputError
+from counterpoint.train.run import Run
+
+
+def earlier_encoder(start: str | Path, **wanted: str | int | None) -> ImageEncoder:
+    """The image encoder that an earlier training ended with, on the CPU.
+
+    Args:
+        start: a run folder, a file that ``counterpoint export --to safetensors`` wrote, or a folder that holds it.
+        **wanted: what someone asked for besides (`encoder` by name, `image_size`, `channels`); None asks for nothing.
+
+    Raises:
+        InputError: there is neither, the run has no checkpoint yet, what it trained is no encoder of images, or another
+            one than was asked for.
+    """
+    path = Path(start).expanduser()
+    exported = path / "encoder.safetensors" if path.is_dir() else path
+    # building the earlier method draws weights from its own seed: that must not move the generator of this one
+    with torch.random.fork_rng(devices=[]):
+        if (path / "config.yaml").is_file():
+            encoder: Any = Run.open(path).model().encoder
+        elif exported.is_file():
+            from counterpoint.export.weights import load_encoder
+
+            encoder = load_encoder(exported)
+        elif path.exists():
+            raise InputError(f"start is {start}, which is neither a run folder nor an exported encoder")
+        else:
+            raise InputError(f"start is {start}, but there is no such run or file")
+    if not isinstance(encoder, ImageEncoder):
+        raise InputError(f"start is {start}, which holds a {type(encoder).__name__} and no encoder of images")
+    for name, value in wanted.items():
+        found = getattr(encoder, "name" if name == "encoder" else name)
+        if value is not None and value != found:
+            raise InputError(
+                f"{name} is {value}, but {start} was trained with {found}; leave --{name} out or give {found}"
+            )
+    return encoder
+
+
+def take_over(encoder: nn.Module, earlier: ImageEncoder) -> None:
+    """Copy the weights of `earlier` into `encoder`.
+
+    Raises:
+        InputError: they are not of one shape, or the two normalise images differently.
+    """
+    try:
+        encoder.load_state_dict(earlier.state_dict())
+    except RuntimeError as error:
+        raise InputError(f"the encoder to start from does not fit: {' '.join(str(error).split())}") from error
+    for name in ("mean", "std"):  # no part of a checkpoint, so the run could not know others when it is opened
+        if hasattr(encoder, name) and not torch.equal(getattr(encoder, name), getattr(earlier, name)):
+            raise InputError(f"the encoder to start from has another {name} of images than timm gives {earlier.name}")
