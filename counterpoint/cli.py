@@ -126,7 +126,7 @@ def train(argv: list[str]) -> int:
         )
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     written.pop("method", None)
-    for key in ("views", "other_views", "mixing"):
+    for key in ("heads", "views", "other_views", "small_views", "mixing"):
         argv, value = _take(argv, f"--{key}")
         written |= {key: value} if value else {}
     recipe = recipes.experiment(name, **written)
@@ -145,13 +145,16 @@ def evaluate(argv: list[str]) -> int:
     parser = _parser("evaluate", "Measure a run by the protocols that fit its data.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("--data", help="other data than the run was trained on")
-    parser.add_argument("--protocol", nargs="+", help="only these protocols")
+    parser.add_argument(
+        "--protocol", nargs="+", help="only these protocols; NAME@head measures after the projection head"
+    )
+    parser.add_argument("--head", action="store_true", help="measure before and after the projection head")
     options = parser.parse_args(argv)
     from counterpoint.evaluate.runs import evaluate as measure
     from counterpoint.train import Run
 
     run = Run.open(options.run)
-    show_results(measure(run, options.data, protocols=options.protocol))
+    show_results(measure(run, options.data, protocols=options.protocol, head=options.head))
     print(f"\nwritten to {run.folder / 'evaluation.json'}; next: counterpoint report {run.folder}")
     return 0
 
@@ -396,7 +399,7 @@ def show_results(results: Sequence[Any]) -> None:
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("protocol", "of", "value", "95 % interval", "n"):
-        table.add_column(column, justify="right" if column in ("value", "n") else "left")
+        table.add_column(column, justify="right" if column in ("value", "n") else "left", overflow="fold")
     for result in results:
         share = result.metric == "accuracy"
         between = f"{result.ci[0]:.1f} to {result.ci[1]:.1f}" if result.ci else ""
@@ -437,7 +440,7 @@ def _show_comparison(comparison: Any) -> None:
     table.add_column("minutes", justify="right")
     table.add_column("memory MB", justify="right")
     for row in comparison.rows():
-        cells = [f"{row[p]['mean']:.2f} ± {row[p]['deviation']:.2f}" for p in comparison.protocols]
+        cells = [f"{row[p]['mean']:.2f} ± {row[p]['deviation']:.2f}" if p in row else "" for p in comparison.protocols]
         cost = [f"{row['minutes']:.2f}", f"{row['memory_mb']:,}"] if "minutes" in row else ["", ""]
         table.add_row(row["name"], *cells, *cost)
     Console().print(table)

@@ -8,6 +8,7 @@ MkDocs calls the `on_*` functions. Nothing here needs the network, and pages loa
 - A line ``<!-- comparisons -->`` becomes a table for every record in ``results/comparisons/``.
 - A line ``<!-- benchmark NAME -->`` becomes what ``results/benchmarks/NAME.json`` holds, as a table (and curves).
 - A line ``<!-- study SLUG: METRIC, METRIC -->`` becomes a table of these means, one row an arm of that study's record.
+- A line ``<!-- combinations -->`` becomes the tables of ``combinations.yaml``: which part goes with which method.
 - ``methods/`` gets an index and one page for every method that is ready.
 """
 
@@ -16,6 +17,7 @@ import html
 import inspect
 import re
 from importlib import import_module
+from pathlib import Path
 from statistics import stdev
 from typing import Any
 
@@ -55,6 +57,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in reference sections and tables, then set formulas aside, where Markdown cannot touch them."""
     markdown = re.sub(r"^<!-- methods -->$", lambda _: _methods_table("methods/"), markdown, flags=re.M)
+    markdown = re.sub(r"^<!-- combinations -->$", lambda _: _combinations(), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- comparisons -->$", lambda _: _comparisons(), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- benchmark (\w+) -->$", lambda found: _benchmark(found[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- study (\S+): (.+) -->$", lambda found: _arms(found[1], found[2]), markdown, flags=re.M)
@@ -231,6 +234,38 @@ def _evidence(slug: str) -> str:
         said += _study(study)
     said += _compared(slug)
     return "\n\n".join(said) + "\n"
+
+
+def _combinations() -> str:
+    """One table of all parts by all methods, then the reasons part by part."""
+    known = yaml.safe_load((Path(__file__).parent / "combinations.yaml").read_text(encoding="utf-8"))
+    titles = {slug: methods.entry(slug).title.partition(":")[0] for slug in known["baselines"]}
+    parts = {part["name"]: part for part in known["parts"]}
+    rows = [f"| | {' | '.join(titles.values())} |", "|---" * (1 + len(titles)) + "|"]
+    for name, part in parts.items():
+        answers = ["yes" if "works" in known["cells"][name][slug] else "no" for slug in titles]
+        rows.append(f"| [{part['title']}](#{name}) | {' | '.join(answers)} |")
+    for name, part in parts.items():
+        rows += [
+            "",
+            f"### {part['title']} {{ #{name} }}",
+            "",
+            f"`{part['argument']}={name}`",
+            "",
+            "| | | |",
+            "|---|---|---|",
+        ]
+        rows += [f"| {titles[slug]} | {_answer(known['cells'][name][slug])} |" for slug in titles]
+    rows += ["", "### Several parts at once", "", "| parts, in this order | on | | |", "|---|---|---|---|"]
+    for row in known["together"]:
+        rows.append(f"| {', '.join(f'`{name}`' for name in row['parts'])} | {titles[row['method']]} | {_answer(row)} |")
+    return "\n".join(rows)
+
+
+def _answer(cell: dict[str, str]) -> str:
+    if "works" in cell:
+        return f"yes | {cell['works']}"
+    return f"no | {cell['refused']}" + (f"; {cell['why']}" if "why" in cell else "")
 
 
 def _records() -> dict[str, dict[str, Any]]:

@@ -125,7 +125,7 @@ def _sort(name: str, cls: type, recipe: dict[str, Any], data: Any) -> tuple[dict
 
 
 def _named(key: str, value: Any) -> Any:
-    """Views and mixing parts may be named: ``views: simclr-small``, ``mixing: mochi``."""
+    """Views, heads and mixing parts may be named: ``views: simclr-small``, ``mixing: mochi``."""
     if key == "mixing":
         from counterpoint.memory.mixing import NAMED
 
@@ -135,10 +135,21 @@ def _named(key: str, value: Any) -> Any:
             value = yaml.safe_load(value) or []
         parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, dict) else value
         return [_of("mixing part", part.strip(), NAMED) if isinstance(part, str) else part for part in parts]
+    if key == "heads" and isinstance(value, str):  # a name, or fields as YAML has them
+        import yaml
+
+        from counterpoint.encoders.several import NAMED as HEADS
+
+        value = yaml.safe_load(value)
+        return _of("heads", value, HEADS) if isinstance(value, str) else value
     if key.endswith("views") and isinstance(value, str):
         from counterpoint import views
 
-        return _of("views", value, views.NAMED)
+        if value.startswith("{"):  # fields as YAML has them
+            import yaml
+
+            return yaml.safe_load(value)
+        return None if value == "none" else _of("views", value, views.NAMED)
     return value
 
 

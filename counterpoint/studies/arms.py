@@ -26,8 +26,9 @@ def run_arm(
     """Train and evaluate one arm in ``folder``; goes on with a run that was stopped, reads one that is complete.
 
     Returns:
-        ``{"results": {protocol: {subject: value}}, "minutes": .., "memory_mb": .., "coupling": .., "seed": ..}``, and
-        with ``"detail"`` in the place of ``"results"`` the further numbers of each result by their names
+        ``{"results": {protocol: {subject: value}}, "minutes": .., "memory_mb": .., "coupling": .., "seed": ..}``; with
+        ``"recorded"`` the means over training of the geometry and scores, and with ``"detail"`` in the place of
+        ``"results"`` the further numbers of each result, by their names
     """
     if experiment.fit.get("devices", 1) > 1:
         raise InputError("the runs of a study or comparison train on one device each; leave --devices out")
@@ -70,6 +71,7 @@ def run_arm(
         "minutes": round(minutes, 3),
         "memory_mb": round(memory),
         "coupling": mean_of(run, "coupling"),
+        "recorded": {name: mean_of(run, name) for name in recorded(run)},
     }
     run.write("arm.json", arm)
     return {**arm, "detail": _details(folder)}
@@ -123,6 +125,14 @@ def mean_of(run: Run, name: str) -> float | None:
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     values = [record[name] for record in map(json.loads, lines) if name in record]
     return sum(values) / len(values) if values else None
+
+
+def recorded(run: Run) -> list[str]:
+    """Names of the geometry and scores that the training recorded, one number a look."""
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    first: dict[str, Any] = next((record for record in lines if "alignment" in record), {})
+    usual = ("step", "epoch", "loss", "lr", "images_per_second", "time")
+    return [name for name, value in first.items() if isinstance(value, int | float) and name not in usual]
 
 
 def interval(values: list[float]) -> tuple[float, tuple[float, float] | None]:

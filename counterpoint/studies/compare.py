@@ -26,7 +26,8 @@ class Comparison:
 
     @property
     def protocols(self) -> list[str]:
-        return [name for name in next(iter(self.arms.values()))[0]["results"] if name != "geometry"]
+        first, *others = [arm["results"] for arms in self.arms.values() for arm in arms]
+        return [name for name in first if name != "geometry" and all(name in results for results in others)]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a method (mean and standard deviation per protocol, minutes, memory); baselines first."""
@@ -36,7 +37,8 @@ class Comparison:
         for subject in reversed([name for name in subjects if name not in ("trained", BEST)]):
             row: dict[str, Any] = {"name": subject}
             for protocol in self.protocols:
-                row[protocol] = _spread([arm["results"][protocol][subject] for arm in first])
+                if subject in first[0]["results"][protocol]:  # pixels have no classifier of their own
+                    row[protocol] = _spread([arm["results"][protocol][subject] for arm in first])
             rows.append(row)
         for name in self.names:
             arms = self.arms[name]
@@ -69,7 +71,7 @@ class Comparison:
             1, len(self.protocols), figsize=(4.2 * len(self.protocols), 0.45 * len(self.names) + 1.6), squeeze=False
         )
         for panel, protocol in zip(panels[0], self.protocols, strict=True):
-            rows = self.rows()
+            rows = [row for row in self.rows() if protocol in row]
             for height, row in enumerate(reversed(rows)):
                 values = row[protocol]["values"]
                 learned = "minutes" in row

@@ -4,7 +4,7 @@ import ast
 import itertools
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any
 from counterpoint import results
 from counterpoint.errors import InputError, nearest
 from counterpoint.recipes import Experiment, experiment
+from counterpoint.recipes import plain as as_data
 from counterpoint.studies.arms import BEST, interval, run_arm
 
-CELL = re.compile(r"\b[a-z_]\w*(@[\w.]+)?")
+CELL = re.compile(r"\b[a-z_]\w*(@[\w.]+)?(:[a-z]\w*)?")
+START = "start"
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -43,12 +45,19 @@ class Study:
             raise InputError(f'study {self.slug} has no budget "{budget}"; it has {", ".join(self.budgets)}')
         found = {}
         for arm, changes in self.budgets[budget].items():
+            if arm == START:
+                continue
             changes = dict(changes)
             name = changes.pop("recipe")
             for values in itertools.product(*self.over.values()):
                 cell = arm + "".join(f"@{value}" for value in values)
                 found[cell] = experiment(name, **{**changes, **dict(zip(self.over, values, strict=True))})
         return found
+
+    def start(self, budget: str) -> Experiment | None:
+        """What is trained first, once for each seed: every arm that does not say otherwise gets that run as its ``start``."""
+        changes = dict(self.budgets[budget].get(START, {}))
+        return experiment(changes.pop("recipe"), **changes) if changes else None
 
 
 @cache
@@ -98,12 +107,20 @@ def reproduce(
     folder = Path(out) / (study.runs or slug) / budget
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     first = next(iter(arms))
+    before = study.start(budget)
     for seed in seeds:
+        place = folder / f"{START}-seed{seed}"
+        if before is not None:
+            run_arm(before, seed, place, protocols=["knn-200-0.1"], trained_only=True)
         for name, arm in arms.items():
+            if before is not None and START not in arm.model:
+                arm = replace(arm, model={**arm.model, START: str(place)})
             cells[name].append(
                 run_arm(arm, seed, folder / f"{name}-seed{seed}", protocols=[study.metric], trained_only=name != first)
             )
     record = judge(study, budget, seeds, cells)
+    if before is not None:
+        record["start"] = as_data({"method": before.method, "data": before.data, **before.model, **before.fit})
     if save and len(seeds) >= 3:
         suffix = "" if budget == "cpu" else f"-{budget}"
         results.save(results.folder() / "studies" / f"{slug}{suffix}.json", record)
@@ -114,7 +131,12 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
     """The record of a study from its finished arms."""
     measured = {name: [arm["results"][study.metric] for arm in arms] for name, arms in cells.items()}
     scores = {name: [subjects[study.subject] for subjects in arms] for name, arms in measured.items()}
-    per_seed = [{name: values[i] for name, values in scores.items()} for i in range(len(seeds))]
+    details = {name: [_detail(arm, study) for arm in arms] for name, arms in cells.items()}
+    per_seed = [
+        {name: values[i] for name, values in scores.items()}
+        | {f"{name}:{key}": number for name, found in details.items() for key, number in found[i].items()}
+        for i in range(len(seeds))
+    ]
     effect, ci = interval([value_of(study.effect, cell) for cell in per_seed])
     expectations = []
     for text in study.expect:
@@ -140,11 +162,11 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
             name: {
                 "values": scores[name],
                 "mean": interval(scores[name])[0],
-                "detail": _means([arm.get("detail", {}).get(study.metric, {}).get(study.subject, {}) for arm in arms]),
+                "detail": _means(details[name]),
                 **({"last": [subjects["trained"] for subjects in measured[name]]} if study.subject == BEST else {}),
-                "config": {key: value for key, value in arms[0]["config"].items() if key != "seed"},
+                "config": {key: value for key, value in arms[0]["config"].items() if key not in ("seed", START)},
                 "minutes": [arm["minutes"] for arm in arms],
-                **({study.diagnose: [arm[study.diagnose] for arm in arms]} if study.diagnose else {}),
+                **({study.diagnose: [_recorded(arm, study.diagnose) for arm in arms]} if study.diagnose else {}),
             }
             for name, arms in cells.items()
         },
@@ -153,13 +175,28 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
     }
 
 
+def _detail(arm: dict[str, Any], study: Study) -> dict[str, float]:
+    return arm.get("detail", {}).get(study.metric, {}).get(study.subject, {})
+
+
+def _recorded(arm: dict[str, Any], name: str) -> Any:
+    """Mean over the training of a recorded quantity; arms of before keep the coupling apart."""
+    return arm[name] if name in arm else arm.get("recorded", {}).get(name)
+
+
 def _means(details: list[dict[str, float]]) -> dict[str, float]:
     """Mean over seeds of the numbers that a result has besides its value."""
-    return {name: interval([detail[name] for detail in details])[0] for name in details[0]}
+    return {
+        name: interval([detail[name] for detail in details])[0]
+        for name in details[0]
+        if all(name in d for d in details)
+    }
 
 
 def value_of(text: str, cell: dict[str, float]) -> float:
     """An arithmetic expression over arms, such as ``method@32 - baseline@32``, for one seed.
+
+    ``method:NAME`` is another number of that arm's result, one of its details.
 
     Raises:
         InputError: a name that is no arm, or anything but numbers, + - * / and brackets.

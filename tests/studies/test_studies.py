@@ -1,6 +1,7 @@
 """Studies: the arithmetic of claims, intervals, verdicts, cached arms, fair comparisons; one tiny study end to end."""
 
 import json
+import re
 import signal
 from importlib import import_module
 from pathlib import Path
@@ -230,6 +231,8 @@ def test_a_finished_arm_is_read_not_trained_again(tmp_path, counted):
     assert first["minutes"] > 0 and 50 < first["memory_mb"] < 20_000
     assert first["coupling"] == pytest.approx(mean_of(Run.open(tmp_path / "arm"), "coupling"))
     assert mean_of(Run.open(tmp_path / "arm"), "absent") is None
+    assert first["recorded"]["coupling"] == first["coupling"] and "loss" not in first["recorded"]
+    assert -1 <= first["recorded"]["score_positive"] <= 1
 
 
 def test_an_arm_gets_the_rows_that_learned_nothing_without_training_again(tmp_path, counted):
@@ -397,6 +400,36 @@ def test_a_study_end_to_end(monkeypatch, counted):
     assert len(counted) == 12
 
 
+def test_arms_start_from_one_run_for_each_seed(monkeypatch, counted):
+    """It is trained first, once; an arm that says where it starts keeps that."""
+    tuned = {**TINY, "classes": 4}
+    tuned.pop("projection")
+    arms = {
+        "start": {"recipe": "simclr", **TINY},
+        "baseline": {"recipe": "fine-tuning", **tuned},
+        "method": {"recipe": "core-tuning", **tuned},
+        "scratch": {"recipe": "fine-tuning", **tuned, "start": None},
+    }
+    fields = {"effect": "method - baseline", "expect": ["method:train < 40"], "over": {}}
+    found = study(**fields, budgets={"cpu": arms})
+    assert list(found.arms("cpu")) == ["baseline", "method", "scratch"]
+    monkeypatch.setattr(import_module("counterpoint.studies.reproduce"), "entries", lambda: {"dcl": found})
+    record = reproduce("dcl", out="s")
+    assert len(counted) == 12 and set(record["arms"]) == {"baseline", "method", "scratch"}
+    for name in ("baseline", "method"):
+        assert [Run.open(f"s/dcl/cpu/{name}-seed{i}").config["model"]["start"] for i in range(3)] == [
+            f"s/dcl/cpu/start-seed{i}" for i in range(3)
+        ]
+    assert Run.open("s/dcl/cpu/scratch-seed0").config["model"]["start"] is None
+    assert record["start"]["method"] == "simclr" and record["start"]["epochs"] == 1
+    assert "start" not in record["arms"]["method"]["config"]
+    assert (
+        record["expectations"][0]["margin"] == 8 and record["expectations"][0]["holds"]
+    )  # 32 of 40 images fit the bank
+    reproduce("dcl", out="s")
+    assert len(counted) == 12
+
+
 def test_few_seeds_and_other_budgets_do_not_replace_the_record(monkeypatch):
     plain = study(over={}, effect="method - baseline", expect=["method > baseline - 200"])
     monkeypatch.setattr(import_module("counterpoint.studies.reproduce"), "entries", lambda: {"dcl": plain})
@@ -422,7 +455,10 @@ def test_every_study_of_the_package_is_whole_and_fair(slug):
     assert found.claim and len(found.seeds) >= 3
     for budget in found.budgets:
         arms = found.arms(budget)
-        cell = dict.fromkeys(arms, 1.0)
+        assert (found.start(budget) is not None) == ("start" in found.budgets[budget])
+        details = {name for text in (found.effect, *found.expect) for name in re.findall(r"[\w@.]+:\w+", text)}
+        assert {name.partition(":")[0] for name in details} <= arms.keys()
+        cell = dict.fromkeys([*arms, *details], 1.0)
         value_of(found.effect, cell)
         for text in found.expect:
             margin_of(text, cell)

@@ -14,6 +14,7 @@ from counterpoint import contrast
 from counterpoint.data import NAMES, ImageFiles, Images, captions, load, texts
 from counterpoint.data.images import chosen
 from counterpoint.encoders.image_text import towers
+from counterpoint.encoders.several import Heads, Several
 from counterpoint.errors import InputError
 from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.batches import Batches
@@ -65,6 +66,8 @@ class CLIP(Method):
             "sigmoid_loss", "nt_xent", "dcl" ...).
         duplicates: "negatives", or "masked": pairs with equal captions do not count as negatives.
         mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
+        heads: several heads, by name ("several", "amcl"); see `counterpoint.encoders.several`. They share the `dim` dimensions:
+            each is an even part of both towers' last linear layers, and stays when the model is used.
         views: the random views of the images.
         pretrained: start the image tower from timm's pretrained weights.
     """
@@ -83,6 +86,7 @@ class CLIP(Method):
         objective: str = "clip_loss",
         duplicates: Literal["negatives", "masked"] = "negatives",
         mixing: tuple[Mixing, ...] = (),
+        heads: Heads | None = None,
         views: ImageViews = VIEWS,
         pretrained: bool = False,
     ):
@@ -97,6 +101,12 @@ class CLIP(Method):
         self.views = replace(views, size=self.image_size)
         self.objective, self.duplicates = contrast.objective(objective), duplicates
         self.mixing = Mixed(mixing, self.encoder.dim, type(self).__name__)
+        self.heads = Several(heads, self.encoder.dim // (heads.count if heads else 1), 1 / scale, mixing)
+        if self.heads.width != self.encoder.dim:
+            raise InputError(
+                f"{self.heads.count} heads cannot share {self.encoder.dim} dimensions evenly: choose another dim"
+            )
+        self.logit_scale.requires_grad_(not self.heads.adaptive)  # pairs then have temperatures of their own
         if duplicates not in ("negatives", "masked"):
             raise InputError(f'duplicates must be "negatives" or "masked", not "{duplicates}"')
         if duplicates == "masked" and "ignore" not in inspect.signature(self.objective).parameters:
@@ -132,10 +142,10 @@ class CLIP(Method):
         image = self.encoder.image(self.views(batch["image"]))
         ids, mask, caption = drawn(batch)
         text = self.encoder.text(ids, mask)
-        self.watch(image, text)
-        options = {} if self.duplicates == "negatives" else {"ignore": contrast.Same(caption, caption)}
-        pairs = self.mixing(contrast.Pairs.under(self.objective, image, text), self.current_epoch)
-        return pairs.loss(self.objective, temperature=self.temperature, **options)
+        items = caption if self.duplicates == "masked" else None
+        pairs = self.mixing(contrast.Pairs.under(self.objective, image, text, items=items), self.current_epoch)
+        self.watch(image, text, pairs)
+        return self.heads(pairs, self.objective, temperature=self.temperature)
 
     def after_step(self) -> None:
         with torch.no_grad():

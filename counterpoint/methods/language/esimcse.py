@@ -68,7 +68,7 @@ class ESimCSE(SimCSE):
         if queue and not takes_negatives(self.objective):
             raise InputError(f"a queue needs the objective info_nce; with {self.objective.__name__} set queue to 0")
         self.repetition, self.repeat_rate, self.reads_words = repetition, repeat_rate, repetition == "words"
-        self.queue = Queue(self.encoder.dim, queue, start="empty", whole_first=True) if queue else None
+        self.queue = Queue(self.heads.width, queue, start="empty", whole_first=True) if queue else None
         self.key_encoder = MomentumEncoder(self.encoder, momentum) if queue else None
 
     def used(self, rows: texts.Texts) -> texts.Texts:
@@ -81,7 +81,6 @@ class ESimCSE(SimCSE):
     def loss(self, batch: Batch) -> Tensor:
         original = batch["input_ids"], batch["attention_mask"]
         query, key = self.project(original, self.repeated(batch))
-        self.watch(query, key)
         if self.queue is None or self.key_encoder is None:
             return self.contrast(query, key)
         loss = self.contrast(query, key, earlier=self.queue.keys)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from counterpoint import contrast
 from counterpoint.data import texts
 from counterpoint.data.images import chosen
+from counterpoint.encoders.several import Heads, Several
 from counterpoint.encoders.text import Pooling, tanh_head, text
 from counterpoint.errors import InputError
 from counterpoint.memory.mixing import Mixed, Mixing
@@ -55,6 +57,7 @@ class SimCSE(Method):
         objective: "info_nce", or any other objective of two views by name ("nt_xent", "dcl", "clip_loss" ...); hard
             negatives need "info_nce".
         mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
+        heads: several train-only layers, by name ("several", "amcl"); see `counterpoint.encoders.several`.
     """
 
     family = "sentences"
@@ -72,6 +75,7 @@ class SimCSE(Method):
         temperature: float = 0.05,
         objective: str = "info_nce",
         mixing: tuple[Mixing, ...] = (),
+        heads: Heads | None = None,
     ):
         super().__init__()
         self.encoder = text(encoder, pooling=pooling, layers=layers, dropout=dropout)
@@ -80,7 +84,10 @@ class SimCSE(Method):
         self.max_length = max_length
         if self.encoder.fresh:  # it never learns what a later position means
             self.encoder.max_length = max_length
-        self.head = tanh_head(self.encoder.dim) if head else torch.nn.Identity()
+        if heads is not None and not head:
+            raise InputError("several heads need a head: leave head=False out")
+        self.heads = Several(heads, self.encoder.dim, temperature, mixing)
+        self.head = self.heads.each(partial(tanh_head, self.encoder.dim)) if head else torch.nn.Identity()
         self.objective, self.temperature = contrast.objective(objective), temperature
         self.mixing = Mixed(mixing, self.encoder.dim, type(self).__name__)
 
@@ -114,7 +121,6 @@ class SimCSE(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         query, key, *negatives = self.project(*columns(batch))
-        self.watch(query, key)
         return self.contrast(query, key, negatives)
 
     def project(self, *sentences: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -128,7 +134,9 @@ class SimCSE(Method):
         """The objective, with hard negatives [B, D] of the batch and keys [K, D] of earlier ones where there are any."""
         # given negatives as further keys, so that they too meet the queries of every process
         pairs = contrast.Pairs.under(self.objective, query, torch.cat([key, *negatives]), negatives=earlier)
-        return self.mixing(pairs, self.current_epoch).loss(self.objective, temperature=self.temperature)
+        pairs = self.mixing(pairs, self.current_epoch)
+        self.watch(query, key, pairs)
+        return self.heads(pairs, self.objective, temperature=self.temperature)
 
 
 def columns(batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from counterpoint import contrast, encoders, memory
 from counterpoint.encoders import heads
+from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.views import BYOL_1, BYOL_2, ImageViews
 
@@ -32,6 +33,8 @@ class BYOL(Method):
         channels: 3 for colour, 1 for grey.
         projection: hidden and output width of projector and predictor.
         momentum: of the target at the start.
+        mixing: parts that make the pairs harder and need no negatives, by name ("hallucinator"); see
+            `counterpoint.memory.mixing`.
         views: the first random view.
         other_views: the second random view.
         pretrained: start from timm's pretrained weights.
@@ -44,6 +47,7 @@ class BYOL(Method):
         channels: int = 3,
         projection: tuple[int, int] = (4096, 256),
         momentum: float = 0.996,
+        mixing: tuple[Mixing, ...] = (),
         views: ImageViews = BYOL_1,
         other_views: ImageViews = BYOL_2,
         pretrained: bool = False,
@@ -57,13 +61,19 @@ class BYOL(Method):
         self.target_projector = memory.MomentumEncoder(self.projector, momentum, final=1.0)
         self.views = replace(views, size=image_size)
         self.other_views = replace(other_views, size=image_size)
+        self.mixing = Mixed(mixing, projection[1], type(self).__name__, repels=False)
 
     def loss(self, batch: Batch) -> Tensor:
         view1, view2 = self.views(batch["image"]), self.other_views(batch["image"])
         p1, p2 = self.predict(view1), self.predict(view2)
         z1, z2 = self.target(view1), self.target(view2)
         self.watch(p1, z2)
-        return 4 + 2 * (contrast.negative_cosine(p1, z2) + contrast.negative_cosine(p2, z1))
+        return self.distance(p1, z2, p2) + self.distance(p2, z1, p1)
+
+    def distance(self, prediction: Tensor, target: Tensor, other: Tensor) -> Tensor:
+        """Of a prediction from its target; `other` is the prediction from the other view."""
+        pairs = contrast.Pairs(prediction, target, partner=other)
+        return 2 + 2 * self.mixing(pairs, self.current_epoch).loss(contrast.negative_cosine)
 
     def predict(self, view: Tensor) -> Tensor:
         return self.predictor(self.projector(self.encoder(view).pooled))

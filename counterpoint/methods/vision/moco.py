@@ -1,12 +1,14 @@
 """MoCo v2: negatives from a queue that a slowly moving encoder fills."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from counterpoint import contrast, encoders, memory
-from counterpoint.encoders import heads
+from counterpoint.encoders.heads import moco_projector
+from counterpoint.encoders.several import Heads, Several
 from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.views import MOCO_V2, ImageViews
@@ -38,7 +40,9 @@ class MoCo(Method):
         queue: number of keys kept.
         momentum: of the key encoder.
         mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
+        heads: several projection heads, by name ("several", "amcl"); see `counterpoint.encoders.several`.
         views: the random views.
+        other_views: the random views of the key; None: as `views`.
         pretrained: start from timm's pretrained weights.
     """
 
@@ -52,28 +56,35 @@ class MoCo(Method):
         queue: int = 65536,
         momentum: float = 0.999,
         mixing: tuple[Mixing, ...] = (),
+        heads: Heads | None = None,
         views: ImageViews = MOCO_V2,
+        other_views: ImageViews | None = None,
         pretrained: bool = False,
     ):
         super().__init__()
         self.image_size, self.channels, self.temperature = image_size, channels, temperature
         self.encoder = encoders.image(encoder, image_size=image_size, channels=channels, pretrained=pretrained)
-        self.projector = heads.moco_projector(self.encoder.dim, *projection)
+        self.heads = Several(heads, projection[1], temperature, mixing)
+        self.projector = self.heads.each(partial(moco_projector, self.encoder.dim, *projection))
         self.key_encoder = memory.MomentumEncoder(self.encoder, momentum)
         self.key_projector = memory.MomentumEncoder(self.projector, momentum)
-        self.queue = memory.Queue(projection[1], queue)
+        self.queue = memory.Queue(self.heads.width, queue)
         self.mixing = Mixed(mixing, projection[1], type(self).__name__)
         self.views = replace(views, size=image_size)
+        self.other_views = replace(other_views or views, size=image_size)
 
     def loss(self, batch: Batch) -> Tensor:
         query = self.projector(self.encoder(self.views(batch["image"])).pooled)
         with torch.no_grad():
-            key = contrast.unit(self.key_projector(self.key_encoder(self.views(batch["image"])).pooled))
-        self.watch(query, key)
+            key = contrast.unit(self.key_projector(self.key_encoder(self.other_views(batch["image"])).pooled))
         pairs = self.mixing(contrast.Pairs(query, key, negatives=self.queue.keys, in_batch=False), self.current_epoch)
-        loss = pairs.loss(contrast.info_nce, temperature=self.temperature)
-        self.queue.enqueue(key)
+        self.watch(query, key, pairs)
+        loss = self.heads(pairs, contrast.info_nce, temperature=self.temperature)
+        self.remember(key)
         return loss
+
+    def remember(self, key: Tensor) -> None:
+        self.queue.enqueue(key)
 
     def after_step(self) -> None:
         self.key_encoder.update(self.encoder)

@@ -1,12 +1,15 @@
 """SimSiam: BYOL without the momentum copy; the stopped gradient is enough."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from counterpoint import contrast, encoders
-from counterpoint.encoders import heads
+from counterpoint.encoders.heads import simsiam_predictor, simsiam_projector
+from counterpoint.encoders.several import Heads, Several
+from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.train.optimise import decay_groups
 from counterpoint.views import SIMSIAM, ImageViews
@@ -32,7 +35,11 @@ class SimSiam(Method):
         projection: hidden and output width of the projector.
         layers: of the projector; the paper takes 2 on CIFAR-10.
         bottleneck: hidden width of the predictor.
+        mixing: parts that make the pairs harder and need no negatives, by name ("hallucinator"); see
+            `counterpoint.memory.mixing`.
+        heads: several projection heads, by name ("several", "amcl"); see `counterpoint.encoders.several`.
         views: the random views.
+        other_views: those of the second view; None: as `views`.
         pretrained: start from timm's pretrained weights.
     """
 
@@ -44,21 +51,32 @@ class SimSiam(Method):
         projection: tuple[int, int] = (2048, 2048),
         layers: int = 3,
         bottleneck: int = 512,
+        mixing: tuple[Mixing, ...] = (),
+        heads: Heads | None = None,
         views: ImageViews = SIMSIAM,
+        other_views: ImageViews | None = None,
         pretrained: bool = False,
     ):
         super().__init__()
         self.image_size, self.channels = image_size, channels
         self.encoder = encoders.image(encoder, image_size=image_size, channels=channels, pretrained=pretrained)
-        self.projector = heads.simsiam_projector(self.encoder.dim, *projection, layers=layers)
-        self.predictor = heads.simsiam_predictor(projection[1], bottleneck)
+        self.heads = Several(heads, projection[1], mixing=mixing)
+        self.projector = self.heads.each(partial(simsiam_projector, self.encoder.dim, *projection, layers=layers))
+        self.predictor = self.heads.each(partial(simsiam_predictor, projection[1], bottleneck), apart=True)
         self.views = replace(views, size=image_size)
+        self.other_views = replace(other_views or views, size=image_size)
+        self.mixing = Mixed(mixing, projection[1], type(self).__name__, repels=False)
 
     def loss(self, batch: Batch) -> Tensor:
-        z1, z2 = self.project(self.views(batch["image"])), self.project(self.views(batch["image"]))
+        z1, z2 = self.project(self.views(batch["image"])), self.project(self.other_views(batch["image"]))
         p1, p2 = self.predictor(z1), self.predictor(z2)
         self.watch(p1, z2)
-        return (contrast.negative_cosine(p1, z2) + contrast.negative_cosine(p2, z1)) / 2
+        return (self.distance(p1, z2, p2) + self.distance(p2, z1, p1)) / 2
+
+    def distance(self, prediction: Tensor, target: Tensor, other: Tensor) -> Tensor:
+        """Of a prediction from its target; `other` is the prediction from the other view."""
+        pairs = contrast.Pairs(prediction, target, partner=other)
+        return self.heads(self.mixing(pairs, self.current_epoch), contrast.negative_cosine)
 
     def project(self, images: Tensor) -> Tensor:
         return self.projector(self.encoder(images).pooled)
@@ -66,4 +84,5 @@ class SimSiam(Method):
     def parameter_groups(self) -> list[dict[str, Any]]:
         decay = self.optimisation.weight_decay
         fixed = [{**group, "schedule": "constant"} for group in decay_groups(self.predictor, decay)]
-        return decay_groups(self.encoder, decay) + decay_groups(self.projector, decay) + fixed
+        rest = nn.ModuleList([self.encoder, self.projector, self.mixing, self.heads])
+        return decay_groups(rest, decay) + fixed
