@@ -21,3 +21,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def one_line(error: object, most: int = 160) -> str:
+    """What an error of somebody else says, on one line and cut to `most` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[: most - 3] + "..."

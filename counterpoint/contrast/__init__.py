@@ -8,13 +8,14 @@ from counterpoint.contrast import distributed
 from counterpoint.contrast.clustering import assign, sinkhorn, swapped_prediction
 from counterpoint.contrast.geometry import alignment, effective_rank, score_stats, uniformity
 from counterpoint.contrast.kernels import executor, log_sum_exp, softmax_mean
+from counterpoint.contrast.operands import unit
 from counterpoint.contrast.pairs import Pairs
 from counterpoint.contrast.prediction import negative_cosine
 from counterpoint.contrast.redundancy import barlow_twins
 from counterpoint.contrast.regression import supremix, weighted_sup_con
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same
 from counterpoint.contrast.sigmoid import sigmoid_loss
-from counterpoint.contrast.softmax import clip_loss, coupling, dcl, dclw, info_nce, nt_xent, sup_con, unit
+from counterpoint.contrast.softmax import clip_loss, coupling, dcl, dclw, info_nce, nt_xent, sup_con
 from counterpoint.contrast.spectral import spectral_contrastive
 from counterpoint.errors import InputError, nearest
 

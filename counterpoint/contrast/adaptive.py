@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from counterpoint.contrast.distributed import gather, gather_plain
+from counterpoint.contrast.operands import reduce, unit
 from counterpoint.contrast.pairs import Pairs
 from counterpoint.contrast.redundancy import off_diagonal
-from counterpoint.contrast.softmax import reduce, unit
 from counterpoint.errors import InputError
 
 

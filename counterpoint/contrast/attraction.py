@@ -25,8 +25,9 @@ from torch import Tensor
 
 from counterpoint.contrast.distributed import Gathered, gather
 from counterpoint.contrast.kernels import softmax_mean
+from counterpoint.contrast.operands import reduce, unit
 from counterpoint.contrast.relation import Relation, Same
-from counterpoint.contrast.softmax import info_nce, reduce, unit
+from counterpoint.contrast.softmax import info_nce
 from counterpoint.errors import InputError
 
 ALONE = "a batch of one item has nothing to repel: use a batch of at least 2"

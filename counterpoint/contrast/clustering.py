@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from counterpoint.contrast.distributed import log_sum, rank, world_size
-from counterpoint.contrast.softmax import _check_matrix, _check_temperature, _wide, reduce
+from counterpoint.contrast.operands import check_matrix, check_temperature, reduce, wide
 from counterpoint.errors import InputError
 
 
@@ -36,12 +36,12 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     Raises:
         InputError: wrong shape or type, epsilon not positive, no iteration.
     """
-    _check_matrix(scores, "scores")
+    check_matrix(scores, "scores")
     if not epsilon > 0:
         raise InputError(f"epsilon must be positive, not {epsilon}")
     if iterations < 1:
         raise InputError(f"Sinkhorn needs at least 1 iteration, not {iterations}")
-    code = _wide(scores) / epsilon
+    code = wide(scores) / epsilon
     for _ in range(iterations):
         code = code - log_sum(code.logsumexp(0))
         code = code.log_softmax(1)
@@ -70,7 +70,7 @@ def assign(
         balanced: False leaves the balance out: a softmax of each sample alone (an ablation; it collapses).
     """
     with torch.autocast(z.device.type, enabled=False):
-        rows, prototypes = _wide(z), _wide(prototypes)
+        rows, prototypes = wide(z), wide(prototypes)
         if not balanced:
             return (rows @ prototypes.T / epsilon).softmax(1)
         if queue is not None:
@@ -105,7 +105,7 @@ def swapped_prediction(
     Raises:
         InputError: shapes that do not fit, fewer than two views, or a view that does not exist.
     """
-    _check_temperature(temperature, 1)
+    check_temperature(temperature, 1)
     if scores.ndim != 3 or codes.ndim != 3 or scores.shape[1:] != codes.shape[1:] or 0 in (*scores.shape, *codes.shape):
         raise InputError(
             "swapped prediction needs scores [views, batch, K] and codes [assigned views, batch, K], not "
@@ -123,6 +123,6 @@ def swapped_prediction(
         targets = [code.detach() for place, code in zip(own, codes, strict=True) if place != view]
         if targets:
             # cross-entropy is linear in its target, so the sum of several costs one pass
-            target = _wide(torch.stack(targets).sum(0))
-            rows = rows + functional.cross_entropy(_wide(score) / temperature, target, reduction="none")
+            target = wide(torch.stack(targets).sum(0))
+            rows = rows + functional.cross_entropy(wide(score) / temperature, target, reduction="none")
     return reduce(rows / (len(own) * (views - 1)), reduction)

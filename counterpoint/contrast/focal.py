@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.contrast.distributed import gather, gather_plain
-from counterpoint.contrast.softmax import reduce, unit
+from counterpoint.contrast.operands import reduce, unit
 from counterpoint.errors import InputError
 
 
@@ -78,7 +78,7 @@ def mix_hard_pairs(
 
     Source: Core-tuning (arXiv 2102.06605), section 4; Vanint/Core-tuning at f70e1bf, ``feature_mixup``.
     """
-    features = _wide(features)
+    features = wide(features)
     positive, negative = hardest_pairs(features, labels, mining=mining)
     target = torch.nn.functional.one_hot(labels, classes).to(torch.float32)
     toward, away = (
@@ -134,14 +134,14 @@ def focal_sup_con(
         raise InputError(f"gamma must be 0 or at least 1, not {gamma}")
     if divide_by not in ("rows", "positives"):
         raise InputError(f'divide_by must be "rows" or "positives", not "{divide_by}"')
-    x = unit(features) if normalize else _wide(features)
+    x = unit(features) if normalize else wide(features)
     keys, everyone = gather(x), gather_plain(targets).rows
     columns = torch.arange(len(everyone), device=x.device)
     itself = columns == columns[keys.start : keys.start + len(x), None]
     with torch.autocast(x.device.type, enabled=False):
         logits = (x @ keys.rows.T / temperature).masked_fill(itself, -torch.inf)
         # the largest difference of any entry is 0 only for equal rows, and needs no M x M x K tensor
-        apart = torch.cdist(_wide(targets), _wide(everyone), p=torch.inf)
+        apart = torch.cdist(wide(targets), wide(everyone), p=torch.inf)
     positive = (apart == 0) & ~itself
     log_p = logits.log_softmax(1).masked_fill(~positive, 0.0)
     weight = (-torch.expm1(log_p)).pow(gamma) if gamma else 1.0
@@ -150,5 +150,5 @@ def focal_sup_con(
     return reduce(-(weight * log_p).sum(1) / over, reduction, count > 0)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

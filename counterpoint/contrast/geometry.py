@@ -7,8 +7,8 @@ from torch import Tensor
 
 from counterpoint.contrast.distributed import gather
 from counterpoint.contrast.kernels import log_sum_exp
+from counterpoint.contrast.operands import Temperature, check_matrix, reduce, unit, wide
 from counterpoint.contrast.relation import Listed
-from counterpoint.contrast.softmax import Temperature, _check_matrix, _wide, reduce, unit
 from counterpoint.errors import InputError
 
 
@@ -23,11 +23,11 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
         alpha: power of the distance.
         normalize: project rows to the unit sphere first.
     """
-    _check_matrix(x, "x")
-    _check_matrix(y, "y")
+    check_matrix(x, "x")
+    check_matrix(y, "y")
     if x.shape != y.shape:
         raise InputError(f"x and y must have one shape, not {list(x.shape)} and {list(y.shape)}")
-    x, y = (unit(x), unit(y)) if normalize else (_wide(x), _wide(y))
+    x, y = (unit(x), unit(y)) if normalize else (wide(x), wide(y))
     return reduce((x - y).norm(dim=1).pow(alpha), "mean")
 
 
@@ -46,10 +46,10 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
         t: sharpness of the potential.
         normalize: project rows to the unit sphere first; False uses the rows as given (any norm).
     """
-    _check_matrix(x, "x")
+    check_matrix(x, "x")
     if not t > 0:
         raise InputError(f"t must be positive, not {t}")
-    x = unit(x) if normalize else _wide(x)
+    x = unit(x) if normalize else wide(x)
     everyone = gather(x)
     n = len(everyone.rows)
     if n < 2:
@@ -77,7 +77,7 @@ def effective_rank(x: Tensor) -> Tensor:
     Args:
         x: ``[N, d]``.
     """
-    _check_matrix(x, "x")
+    check_matrix(x, "x")
     with torch.no_grad():
         values = torch.linalg.svdvals(x.float())
         share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
@@ -119,11 +119,11 @@ def score_stats(
     Returns:
         float32 ``[N, 5]``. NaN where there are too few negatives: one has no variance, none has no mean either.
     """
-    _check_matrix(query, "query")
-    _check_matrix(key, "key")
+    check_matrix(query, "query")
+    check_matrix(key, "key")
     if query.shape != key.shape:
         raise InputError(f"query and key must have one shape, not {list(query.shape)} and {list(key.shape)}")
-    ready = unit if normalize else _wide
+    ready = unit if normalize else wide
     query, key, negatives = ready(query), ready(key), ready(negatives)
     with torch.autocast(query.device.type, enabled=False):
         centre = negatives.sum(0) / max(len(negatives), 1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.contrast.distributed import Gathered, gather
-from counterpoint.contrast.softmax import Temperature, _divide, _own, _two_views, reduce
+from counterpoint.contrast.operands import Temperature, divide, own_rows, reduce, two_views
 
 BLOCK = 2**22  # scores looked at together while the hardest negatives are searched
 
@@ -42,14 +42,14 @@ def contrastive_regularizer(
     Raises:
         InputError: wrong shape or type, or a batch of one (it has no negative).
     """
-    query, keys, pair = _two_views(z1, z2, temperature, normalize)
-    own, half = _own(query, keys), len(z1)
+    query, keys, pair = two_views(z1, z2, temperature, normalize)
+    own, half = own_rows(query, keys), len(z1)
     partner = torch.cat([own[:half] + half, own[half:] - half])
     found = _hardest(query, keys, own, partner)
-    positive = _divide(pair, temperature)
-    hardest = _divide((query * keys.rows[found]).sum(1), temperature)
+    positive = divide(pair, temperature)
+    hardest = divide((query * keys.rows[found]).sum(1), temperature)
     others = (query * (keys.rows.sum(0) - query)).sum(1) - pair
-    average = _divide(others, temperature) / (len(keys.rows) - 2)
+    average = divide(others, temperature) / (len(keys.rows) - 2)
     lower, upper = positive, hardest
     if batch_wide:
         lower, upper = gather(positive).rows.min(), gather(hardest).rows.max()

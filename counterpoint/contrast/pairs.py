@@ -1,7 +1,7 @@
 """What one step contrasts, as data: parts that change it come between a method's embeddings and its objective."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from counterpoint.contrast.distributed import gather_plain
 from counterpoint.contrast.geometry import score_stats
+from counterpoint.contrast.operands import Temperature, unit
 from counterpoint.contrast.relation import Same
-from counterpoint.contrast.softmax import Temperature, clip_loss, dcl, dclw, nt_xent, unit
+from counterpoint.contrast.softmax import clip_loss, dcl, dclw, nt_xent
 from counterpoint.errors import InputError
 
 
@@ -139,17 +140,39 @@ class Pairs:
         """
         if self.groups > 1:
             return torch.cat([group.scores(temperature, most=most) for group in self.split()])
+        found = []
+        for anchor, positive, pool, out, own in self._anchors(most):
+            more = {"without": out, "hard_negatives": own}
+            found.append(score_stats(anchor, positive, pool, temperature, normalize=False, **more))
+        return torch.cat(found)
+
+    def proxy_accuracy(self, *, most: int | None = None) -> Tensor:
+        """Share of the anchors whose positive has a higher score than each of their negatives: how hard the task is.
+
+        Args:
+            most: only the first so many anchors of each side.
+        """
+        if self.groups > 1:
+            return torch.stack([group.proxy_accuracy(most=most) for group in self.split()]).mean()
+        wins = []
+        for anchor, positive, pool, out, own in self._anchors(most):
+            score = anchor @ pool.T
+            if out is not None:
+                score.scatter_(1, out, -torch.inf)
+            if own is not None:
+                score = torch.cat([score, torch.einsum("nd,nsd->ns", anchor, own)], dim=1)
+            wins.append(((anchor * positive).sum(1, keepdim=True) > score).all(1))
+        return torch.cat(wins).float().mean()
+
+    def _anchors(self, most: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """Of each side the first anchors, their positives, all that may repel them, who of it does not, and their own."""
         ready = unit if self.normalize else torch.Tensor.float
         sides = self.sides()
         hard = [None] * len(sides) if self.hard_negatives is None else self.hard_negatives.tensor_split(len(sides))
-        found = []
         for (anchor, pool, out), other, own in zip(sides, (self.key, self.query), hard, strict=False):
             positive = ready(other[: len(anchor)][:most])
             own = None if own is None else ready(own[:most])
-            out = None if out is None else out[:most]
-            more = {"without": out, "hard_negatives": own}
-            found.append(score_stats(anchor[:most], positive, pool, temperature, normalize=False, **more))
-        return torch.cat(found)
+            yield anchor[:most], positive, pool, None if out is None else out[:most], own
 
     def loss(self, objective: Callable[..., Tensor], **options: Any) -> Tensor:
         """The objective of these pairs, with `options` as they are.

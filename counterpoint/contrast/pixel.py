@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from counterpoint.contrast.softmax import _einsum, reduce, unit
+from counterpoint.contrast.operands import einsum, reduce, unit
 from counterpoint.errors import InputError
 
 
@@ -128,4 +128,4 @@ def _compared(
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.no_grad():
         positive = bin_distances(query_box, key_box, query.shape[2:], key.shape[2:]) < near
-    return _einsum("nic,njc->nij", q.to(wide), k.to(wide)), positive
+    return einsum("nic,njc->nij", q.to(wide), k.to(wide)), positive

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from counterpoint.contrast.softmax import _check_matrix, reduce, unit
+from counterpoint.contrast.operands import check_matrix, reduce, unit
 from counterpoint.errors import InputError
 
 
@@ -21,8 +21,8 @@ def negative_cosine(prediction: Tensor, target: Tensor, *, reduction: str = "mea
     Raises:
         InputError: wrong shape or type.
     """
-    _check_matrix(prediction, "prediction")
-    _check_matrix(target, "target")
+    check_matrix(prediction, "prediction")
+    check_matrix(target, "target")
     if prediction.shape != target.shape:
         raise InputError(
             f"prediction and target must have one shape, not {list(prediction.shape)} and {list(target.shape)}"

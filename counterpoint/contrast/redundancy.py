@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.contrast.distributed import sum_over_ranks
-from counterpoint.contrast.softmax import _check_matrix, _wide
+from counterpoint.contrast.operands import check_matrix, wide
 from counterpoint.errors import InputError
 
 EPSILON = 1e-5  # beside the variance, as in batch normalisation: a dead dimension correlates with nothing
@@ -24,11 +24,11 @@ def correlation(z1: Tensor, z2: Tensor) -> Tensor:
     Raises:
         InputError: wrong shape or type, or a batch of one.
     """
-    _check_matrix(z1, "z1")
-    _check_matrix(z2, "z2")
+    check_matrix(z1, "z1")
+    check_matrix(z2, "z2")
     if z1.shape != z2.shape:
         raise InputError(f"z1 and z2, the two views, must have one shape, not {list(z1.shape)} and {list(z2.shape)}")
-    z1, z2 = _wide(z1), _wide(z2)
+    z1, z2 = wide(z1), wide(z2)
     count = sum_over_ranks(z1.new_tensor(float(len(z1))))
     if len(z1) == 1 and float(count) == 1:
         raise InputError("a batch of one item has no variance: use a batch of at least 2")

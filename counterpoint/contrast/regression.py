@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.contrast.distributed import gather, gather_plain
-from counterpoint.contrast.softmax import Temperature, _check_matrix, _check_temperature, _einsum, _wide, reduce, unit
+from counterpoint.contrast.operands import Temperature, check_matrix, check_temperature, einsum, reduce, unit, wide
 from counterpoint.errors import InputError
 
 Weight = Literal["L1_inv", "L2_inv", "L1", "L2", "none"]
@@ -89,7 +89,7 @@ def mixtures(features: Tensor, labels: Tensor, share: Tensor, *, window: float) 
     Raises:
         InputError: wrong shape, or another number of shares than of pairs.
     """
-    t = _values(labels, len(features)).to(_wide(features).dtype)
+    t = _values(labels, len(features)).to(wide(features).dtype)
     difference = t[:, None] - t
     negative = (difference != 0).nonzero()
     if share.shape != (len(negative),):
@@ -161,10 +161,10 @@ def supremix(
     keys, everyone = gather(x), gather_plain(t).rows
     own = torch.arange(keys.start, keys.start + len(x), device=x.device)
     difference = t[:, None] - everyone
-    logits = _einsum("nd,md->nm", x, keys.rows) / temperature
+    logits = einsum("nd,md->nm", x, keys.rows) / temperature
     blocks = [_real(logits, difference, own, weight)]
     if share is not None or window is not None:
-        constant = _einsum("nd,md->nm", x, keys.rows.detach()) / temperature
+        constant = einsum("nd,md->nm", x, keys.rows.detach()) / temperature
         shifted = shift == "separate"
         if share is not None:
             part = _drawn(share, difference)
@@ -204,7 +204,7 @@ def weighted_sup_con(
     x, t = _rows(features, labels, temperature, weight, shift, normalize)
     keys, everyone = gather(x), gather_plain(t).rows
     own = torch.arange(keys.start, keys.start + len(x), device=x.device)
-    logits = _einsum("nd,md->nm", x, keys.rows) / temperature
+    logits = einsum("nd,md->nm", x, keys.rows) / temperature
     blocks = [_real(logits, t[:, None] - everyone, own, weight)]
     if mixtures is not None:
         shape = list(mixtures.shape[:2])
@@ -212,7 +212,7 @@ def weighted_sup_con(
             raise InputError(f"mixtures {shape} need a mask and labels of that shape")
         if mixtures.ndim != 3 or len(mixtures) != len(x) or mixtures.shape[2] != x.shape[1]:
             raise InputError(f"mixtures must be [{len(x)}, M, {x.shape[1]}], not {list(mixtures.shape)}")
-        mixed = _einsum("nd,nmd->nm", x, mixtures.detach().to(x.dtype)) / temperature
+        mixed = einsum("nd,nmd->nm", x, mixtures.detach().to(x.dtype)) / temperature
         difference = t[:, None] - mixture_labels.to(t.dtype)
         blocks.append(_block(mixed, difference, mask >= 0, mask == 1, weight, shift == "separate"))
     return _joined(blocks, shift, reduction)
@@ -226,9 +226,9 @@ def _rows(features, labels, temperature, weight, shift, normalize) -> tuple[Tens
     t = _values(labels, len(features))
     if features.ndim == 3:
         t, features = t.repeat(features.shape[1]), features.transpose(0, 1).flatten(0, 1)
-    _check_matrix(features, "features")
-    _check_temperature(temperature, 1)
-    x = unit(features) if normalize else _wide(features)
+    check_matrix(features, "features")
+    check_temperature(temperature, 1)
+    x = unit(features) if normalize else wide(features)
     return x, t.to(x.dtype)
 
 

@@ -5,15 +5,15 @@ from torch.nn import functional
 
 from counterpoint.contrast.distributed import gather
 from counterpoint.contrast.kernels import softplus_sum
-from counterpoint.contrast.softmax import (
-    _check_matrix,
-    _check_temperature,
-    _divide,
-    _logits,
-    _small,
-    _wide,
+from counterpoint.contrast.operands import (
+    check_matrix,
+    check_temperature,
+    divide,
+    fits_at_once,
+    logit_matrix,
     reduce,
     unit,
+    wide,
 )
 from counterpoint.errors import InputError
 
@@ -45,19 +45,19 @@ def sigmoid_loss(
     Raises:
         InputError: wrong shape or type.
     """
-    _check_matrix(image, "image")
-    _check_matrix(text, "text")
-    _check_temperature(temperature, 1)
+    check_matrix(image, "image")
+    check_matrix(text, "text")
+    check_temperature(temperature, 1)
     if isinstance(bias, Tensor) and bias.numel() != 1:
         raise InputError(f"bias must be one value, not {bias.numel()}")
     if image.shape != text.shape:
         raise InputError(f"row i is paired with row i, but the shapes are {list(image.shape)} and {list(text.shape)}")
-    image, text = (unit(image), unit(text)) if normalize else (_wide(image), _wide(text))
-    scale = _divide(image.new_ones(()), temperature)
+    image, text = (unit(image), unit(text)) if normalize else (wide(image), wide(text))
+    scale = divide(image.new_ones(()), temperature)
     positive = (image * text).sum(1) * scale + (bias.reshape(()) if isinstance(bias, Tensor) else bias)
     keys = gather(text)
-    if _small(image, keys):
-        total = functional.softplus(_logits(image, text, temperature) + bias).sum(1)
+    if fits_at_once(image, keys):
+        total = functional.softplus(logit_matrix(image, text, temperature) + bias).sum(1)
     else:
         total = softplus_sum(image, keys.rows, scale=scale, bias=bias)
     return reduce(total - positive, reduction)

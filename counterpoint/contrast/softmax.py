@@ -9,29 +9,30 @@ or ``"none"`` (per row); float32 accumulation whatever the input; under a proces
 every rank, and the gradient averaged over ranks equals the single-process gradient.
 """
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from counterpoint.contrast.distributed import Gathered, Placed, by_ring, gather, gather_plain, place, world_size
-from counterpoint.contrast.kernels import automatic, log_sum_exp, ring
+from counterpoint.contrast.distributed import Gathered, Placed, by_ring, gather, gather_plain, world_size
+from counterpoint.contrast.kernels import log_sum_exp, ring
+from counterpoint.contrast.operands import (
+    Temperature,
+    check_dimensions,
+    check_matrix,
+    check_pair,
+    check_temperature,
+    divide,
+    einsum,
+    fits_at_once,
+    logit_matrix,
+    own_rows,
+    reduce,
+    two_views,
+    unit,
+    wide,
+)
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same, Transposed
-from counterpoint.errors import InputError, NotFinite
-
-Temperature = float | Tensor
-
-SMALL = 2**18
-"""So many similarities (1 MB) are held at once on a CPU, where the calls around a tile would cost more than the tile."""
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of `x` on the unit sphere (at least float32); a row of zeros stays zero and receives no gradient."""
-    x = _wide(x)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm < 1e-12, torch.inf)  # a floor of 1e-12 would multiply its gradient by 1e12
+from counterpoint.errors import InputError
 
 
 def info_nce(
@@ -79,7 +80,7 @@ def info_nce(
     Raises:
         InputError: wrong shape or type, a query without positive, or no candidate left in a denominator.
     """
-    _check_pair(query, key, temperature)
+    check_pair(query, key, temperature)
     if symmetric:
         if positives is not None or negatives is not None or not in_batch:
             raise InputError("symmetric=True needs the default pairing: no positives, negatives or in_batch=False")
@@ -92,17 +93,17 @@ def info_nce(
         )
     if label_smoothing and ignore is not None:
         raise InputError("label_smoothing spreads the target over all keys, also those to ignore: use one of the two")
-    ready = unit if normalize else _wide
+    ready = unit if normalize else wide
     query, key = ready(query), ready(key)
     if negatives is not None:
-        _check_matrix(negatives, "negatives")
-        _check_dimensions(negatives, "negatives", query)
+        check_matrix(negatives, "negatives")
+        check_dimensions(negatives, "negatives", query)
         negatives = ready(negatives)
     travel = in_batch and by_ring() and positives is None and ignore is None and not (label_smoothing or decoupled)
     keys = gather(key) if in_batch and not travel else Gathered(key, 0, 1)
     paired = in_batch and positives is None and negatives is None and hard_negatives is None
-    if paired and ignore is None and not (decoupled or travel) and _small(query, keys):
-        return reduce(_picked(_logits(query, key, temperature), label_smoothing), reduction)
+    if paired and ignore is None and not (decoupled or travel) and fits_at_once(query, keys):
+        return reduce(_picked(logit_matrix(query, key, temperature), label_smoothing), reduction)
     index, relation = _positives(positives, len(query), keys, len(key))
     logits = _positive_logits(query, keys.rows, index, positives, keys.start, temperature)
 
@@ -171,10 +172,10 @@ def nt_xent(
     Raises:
         InputError: wrong shape or type, or a batch of one (it has no negative).
     """
-    query, keys, pair = _two_views(z1, z2, temperature, normalize, travel=True)
-    normaliser = _over_ranks(query, None, keys, temperature, Listed(_own(query, keys)))
+    query, keys, pair = two_views(z1, z2, temperature, normalize, travel=True)
+    normaliser = _over_ranks(query, None, keys, temperature, Listed(own_rows(query, keys)))
     normaliser = _and_own(normaliser, query, hard_negatives, temperature, normalize)
-    return reduce(normaliser - _divide(pair, temperature), reduction)
+    return reduce(normaliser - divide(pair, temperature), reduction)
 
 
 def dcl(
@@ -212,8 +213,8 @@ def dcl(
     Raises:
         InputError: wrong shape or type, or a batch of one (the log-sum would be empty).
     """
-    query, keys, pair = _two_views(z1, z2, temperature, normalize, travel=True)
-    own = _own(query, keys)
+    query, keys, pair = two_views(z1, z2, temperature, normalize, travel=True)
+    own = own_rows(query, keys)
     half = len(z1)
     partner = torch.cat([own[:half] + half, own[half:] - half])
     everything = None
@@ -224,7 +225,7 @@ def dcl(
         weight = weight[:half] if isinstance(weight, Tensor) else weight
     normaliser = _over_ranks(query, everything, keys, temperature, Listed(without))
     normaliser = _and_own(normaliser, query, hard_negatives, temperature, normalize)
-    return reduce(normaliser - _divide(weight * pair, temperature), reduction)
+    return reduce(normaliser - divide(weight * pair, temperature), reduction)
 
 
 def dclw(z1: Tensor, z2: Tensor, *, temperature: Temperature = 0.1, sigma: float = 0.5, **options) -> Tensor:
@@ -275,18 +276,18 @@ def sup_con(
     if features.ndim == 3:
         labels = labels.repeat(features.shape[1])
         features = features.transpose(0, 1).flatten(0, 1)
-    _check_matrix(features, "features")
-    _check_temperature(temperature, 1)
-    x = unit(features) if normalize else _wide(features)
+    check_matrix(features, "features")
+    check_temperature(temperature, 1)
+    x = unit(features) if normalize else wide(features)
     keys, everyone = gather(x), gather_plain(labels).rows
-    own = _own(x, keys)
+    own = own_rows(x, keys)
     normaliser = log_sum_exp(x, _other(x, keys), temperature=temperature, without=Listed(own))
     _, group = torch.unique(everyone, return_inverse=True)
     mine = group[keys.start : keys.start + len(x)]
     positives = torch.bincount(group, minlength=len(everyone))[mine] - 1
     if mean == "outside":
         sums = x.new_zeros(len(everyone), x.shape[1]).index_add(0, group, keys.rows)
-        attraction = _divide((x * (sums[mine] - x)).sum(1) / positives.clamp(min=1), temperature)
+        attraction = divide((x * (sums[mine] - x)).sum(1) / positives.clamp(min=1), temperature)
     else:
         apart = ~Same(mine, group) | Listed(own)
         attraction = log_sum_exp(x, _other(x, keys), temperature=temperature, without=apart)
@@ -326,8 +327,8 @@ def clip_loss(
     Raises:
         InputError: wrong shape or type.
     """
-    _check_matrix(image, "image")
-    _check_matrix(text, "text")
+    check_matrix(image, "image")
+    check_matrix(text, "text")
     return info_nce(
         image,
         text,
@@ -351,61 +352,28 @@ def coupling(z1: Tensor, z2: Tensor, *, temperature: Temperature = 0.1) -> Tenso
         return 1 - torch.exp(-nt_xent(z1, z2, temperature=temperature, reduction="none"))
 
 
-def reduce(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
-    """Reduce per-row losses; `counted` (bool, same shape) marks the rows that a mean divides by.
-
-    Under a process group "mean" returns ``world_size * local sum / global count`` and "sum" ``world_size * local sum``,
-    whose averages over ranks (of value and of gradient) are the global mean and sum.
-    """
-    if reduction == "none":
-        return loss
-    ranks = world_size()
-    if reduction == "sum":
-        return loss.sum() * ranks
-    if reduction != "mean":
-        raise InputError(f'reduction must be "mean", "sum" or "none", not "{reduction}"')
-    if ranks == 1 and counted is None:
-        return loss.mean()
-    count = loss.new_tensor(float(len(loss))) if counted is None else counted.sum().to(loss.dtype)
-    if ranks > 1:
-        count = count.clone()
-        torch.distributed.all_reduce(count)
-    return loss.sum() * ranks / count.clamp(min=1)
-
-
 def _both_ways(query, key, temperature, hard, ignore, decoupled, label_smoothing, normalize, reduction) -> Tensor:
     options = {"decoupled": decoupled, "label_smoothing": label_smoothing, "normalize": False, "reduction": reduction}
     if len(query) != len(key):
         raise InputError(f"row i is paired with row i, but there are {len(query)} and {len(key)} rows")
-    query, key = (unit(query), unit(key)) if normalize else (_wide(query), _wide(key))
+    query, key = (unit(query), unit(key)) if normalize else (wide(query), wide(key))
     per_row = isinstance(temperature, Tensor) and temperature.ndim > 0
     if by_ring() and ignore is None and hard is None and not (per_row or label_smoothing or decoupled):
         row, column = ring.log_sum_exp(query, key, temperature=temperature, columns=True)
-        return reduce((row + column) / 2 - _divide((query * key).sum(1), temperature), reduction)
+        return reduce((row + column) / 2 - divide((query * key).sum(1), temperature), reduction)
     if world_size() > 1 or per_row or label_smoothing or decoupled or hard is not None:
-        mine, others = (None, None) if hard is None else ((unit if normalize else _wide)(hard)).tensor_split(2)
+        mine, others = (None, None) if hard is None else ((unit if normalize else wide)(hard)).tensor_split(2)
         there = info_nce(query, key, temperature=temperature, ignore=ignore, hard_negatives=mine, **options)
         options |= {"ignore": _transposed(ignore), "hard_negatives": others}
         back = info_nce(key, query, temperature=temperature, **options)
         return (there + back) / 2
     keys = Gathered(key, 0, 1)
-    if ignore is None and _small(query, keys):
-        logits = _logits(query, key, temperature)
+    if ignore is None and fits_at_once(query, keys):
+        logits = logit_matrix(query, key, temperature)
         return reduce((_picked(logits) + _picked(logits.T)) / 2, reduction)
     without = _ignored(ignore, Listed(torch.arange(len(query), device=query.device)), False, keys, len(query), len(key))
     row, column = log_sum_exp(query, key, temperature=temperature, without=without, columns=True)
-    return reduce((row + column) / 2 - _divide((query * key).sum(1), temperature), reduction)
-
-
-def _small(query: Tensor, keys: Gathered) -> bool:
-    """Whether all similarities may be held at once, which is fastest for few of them and means the same."""
-    here = keys.ranks == 1 and query.device.type == "cpu" and automatic()
-    return here and len(query) * len(keys.rows) <= SMALL
-
-
-def _logits(query: Tensor, key: Tensor, temperature: Temperature) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):
-        return _divide(query @ key.T, temperature)
+    return reduce((row + column) / 2 - divide((query * key).sum(1), temperature), reduction)
 
 
 def _picked(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -418,8 +386,8 @@ def _own_logits(query: Tensor, hard: Tensor, temperature: Temperature, normalize
     """Logits of each query and its own further keys ``[N, S]``."""
     if hard.ndim != 3 or len(hard) != len(query):
         raise InputError(f"hard_negatives must be [{len(query)}, S, d], not {list(hard.shape)}")
-    _check_dimensions(hard, "hard_negatives", query)
-    return _divide(_einsum("nd,nsd->ns", query, unit(hard) if normalize else _wide(hard)), temperature)
+    check_dimensions(hard, "hard_negatives", query)
+    return divide(einsum("nd,nsd->ns", query, unit(hard) if normalize else wide(hard)), temperature)
 
 
 def _and_own(
@@ -438,27 +406,6 @@ def _over_ranks(
         return ring.log_sum_exp(query, key, temperature=temperature, without=without)
     other = keys.rows if keys.ranks > 1 else key
     return log_sum_exp(query, other, temperature=temperature, without=without)
-
-
-def _two_views(z1, z2, temperature, normalize, travel: bool = False) -> tuple[Tensor, Any, Tensor]:
-    """Anchors of both views ``[2N, d]``, the rows of all ranks (with `travel` maybe their places only), and each anchor's
-    similarity to its partner.
-    """
-    _check_matrix(z1, "z1")
-    _check_matrix(z2, "z2")
-    _check_temperature(temperature, 1)
-    if z1.shape != z2.shape:
-        raise InputError(f"z1 and z2, the two views, must have one shape, not {list(z1.shape)} and {list(z2.shape)}")
-    z1, z2 = (unit(z1), unit(z2)) if normalize else (_wide(z1), _wide(z2))
-    query = torch.cat([z1, z2])
-    keys = place(query) if travel and by_ring() else gather(query)
-    if (keys.total if isinstance(keys, Placed) else len(keys.rows)) < 4:
-        raise InputError("a batch of one item has no negatives: use a batch of at least 2")
-    return query, keys, (z1 * z2).sum(1).repeat(2)
-
-
-def _own(query: Tensor, keys: Gathered | Placed) -> Tensor:
-    return torch.arange(keys.start, keys.start + len(query), device=query.device)
 
 
 def _other(query: Tensor, keys: Gathered) -> Tensor | None:
@@ -498,16 +445,16 @@ def _positives(positives, n, keys: Gathered, local: int) -> tuple[Tensor | None,
 def _positive_logits(query, keys, index, positives, start, temperature) -> Tensor:
     """Logits of the positives ``[N, P]``, -inf where padded."""
     if index is None:
-        wide = _divide(_einsum("nd,md->nm", query, keys[start : start + positives.shape[1]]), temperature)
+        wide = divide(einsum("nd,md->nm", query, keys[start : start + positives.shape[1]]), temperature)
         return wide.masked_fill(~positives, -torch.inf)
     if positives is None:
         chosen = (query * keys[start : start + len(query)]).sum(1, keepdim=True)
-        return _divide(chosen, temperature)
+        return divide(chosen, temperature)
     if index.shape[1] == 1:
         chosen = (query * keys[index[:, 0].clamp(min=0)]).sum(1, keepdim=True)
     else:
-        chosen = _einsum("nd,npd->np", query, keys[index.clamp(min=0)])
-    return _divide(chosen, temperature).masked_fill(index < 0, -torch.inf)
+        chosen = einsum("nd,npd->np", query, keys[index.clamp(min=0)])
+    return divide(chosen, temperature).masked_fill(index < 0, -torch.inf)
 
 
 def _ignored(ignore, positives: Relation, decoupled: bool, keys: Gathered, n: int, local: int) -> Relation | None:
@@ -538,54 +485,4 @@ def _transposed(ignore):
 
 
 def _add_candidates(count, mean_logit, query, keys, temperature) -> tuple[int | Tensor, Tensor]:
-    return count + len(keys), mean_logit + _divide(_einsum("nd,d->n", query, keys.sum(0)), temperature)
-
-
-def _divide(similarity: Tensor, temperature: Temperature) -> Tensor:
-    if isinstance(temperature, Tensor) and temperature.numel() > 1:
-        return similarity / temperature.reshape(-1, *[1] * (similarity.ndim - 1))
-    return similarity / (temperature.reshape(()) if isinstance(temperature, Tensor) else temperature)
-
-
-def _einsum(equation: str, *operands: Tensor) -> Tensor:
-    """`torch.einsum` in the operands' own precision: autocast would halve it."""
-    with torch.autocast(operands[0].device.type, enabled=False):
-        return torch.einsum(equation, *operands)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _check_matrix(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-        what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"{name} must be a floating-point tensor [rows, dimensions], not {what}")
-    if 0 in x.shape:
-        raise InputError(f"{name} is empty: {list(x.shape)}")
-    # only where nobody has to wait for the answer: a GPU would, and the other processes if this one stopped
-    free = x.device.type == "cpu" and world_size() == 1 and not torch.compiler.is_compiling()
-    if free and not math.isfinite(x.detach().sum().item()):
-        bad = int((~x.detach().isfinite().all(1)).sum())
-        if bad:  # else the sum alone was too large
-            raise NotFinite(f"{name} holds NaN or infinite values in {bad:,} of its {len(x):,} rows")
-
-
-def _check_pair(query: Tensor, key: Tensor, temperature: Temperature) -> None:
-    _check_matrix(query, "query")
-    _check_matrix(key, "key")
-    _check_dimensions(key, "key", query)
-    _check_temperature(temperature, 1, len(query))
-
-
-def _check_dimensions(x: Tensor, name: str, query: Tensor) -> None:
-    if x.shape[-1] != query.shape[1]:
-        raise InputError(f"{name} has {x.shape[-1]} dimensions and query {query.shape[1]}: they must agree")
-
-
-def _check_temperature(temperature: Temperature, *sizes: int) -> None:
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise InputError(f"temperature must be positive, not {temperature}")
-    if isinstance(temperature, Tensor) and temperature.numel() not in sizes:
-        what = "one value" if len(sizes) == 1 else f"one value or one per query ({sizes[-1]})"
-        raise InputError(f"temperature must be {what}, not {temperature.numel()}")
+    return count + len(keys), mean_logit + divide(einsum("nd,d->n", query, keys.sum(0)), temperature)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.contrast.distributed import gather
-from counterpoint.contrast.softmax import _check_matrix, _einsum, _wide, reduce
+from counterpoint.contrast.operands import check_matrix, einsum, reduce, wide
 from counterpoint.errors import InputError
 
 
@@ -35,21 +35,21 @@ def spectral_contrastive(z1: Tensor, z2: Tensor, *, mu: float = 1.0, reduction: 
     Raises:
         InputError: wrong shape or type, a batch of one, or a radius that is not positive.
     """
-    _check_matrix(z1, "z1")
-    _check_matrix(z2, "z2")
+    check_matrix(z1, "z1")
+    check_matrix(z2, "z2")
     if z1.shape != z2.shape:
         raise InputError(f"z1 and z2, the two views, must have one shape, not {list(z1.shape)} and {list(z2.shape)}")
     if not mu > 0:
         raise InputError(f"mu is a squared radius and must be positive, not {mu}")
-    z1, z2 = _in_ball(_wide(z1), mu**0.5), _in_ball(_wide(z2), mu**0.5)
+    z1, z2 = _in_ball(wide(z1), mu**0.5), _in_ball(wide(z2), mu**0.5)
     keys = gather(z2).rows
     if len(keys) < 2:
         raise InputError("a batch of one item has no negatives: use a batch of at least 2")
     own = (z1 * z2).sum(1)
     if len(keys) > keys.shape[1]:
-        squares = (_einsum("nd,de->ne", z1, _einsum("md,me->de", keys, keys)) * z1).sum(1)
+        squares = (einsum("nd,de->ne", z1, einsum("md,me->de", keys, keys)) * z1).sum(1)
     else:
-        squares = _einsum("nd,md->nm", z1, keys).square().sum(1)
+        squares = einsum("nd,md->nm", z1, keys).square().sum(1)
     repel = (squares - own.square()) / (len(keys) - 1)
     return reduce((repel - 2 * own) / mu, reduction)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.contrast.distributed import gather, gather_plain
-from counterpoint.contrast.softmax import reduce, unit
+from counterpoint.contrast.operands import reduce, unit
 from counterpoint.errors import InputError, nearest
 
 PAIRS = ("arbitrary", "identical", "distinct")

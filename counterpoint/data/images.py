@@ -42,7 +42,8 @@ def stratified(label: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, T
     return torch.cat(kept).sort().values, torch.cat(held_out).sort().values
 
 
-def _split_index(n: int, label: Tensor | None, fraction: float, seed: int, name: str) -> tuple[Tensor, Tensor]:
+def split_index(n: int, label: Tensor | None, fraction: float, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """Rows that stay and the share that is held out, class by class where there are labels; `name` is for the message."""
     first, second = stratified(label if label is not None else torch.zeros(n, dtype=torch.int64), fraction, seed)
     if len(second) == 0 or len(first) == 0:
         raise InputError(f"{name} has {n} images, too few to hold out a share of {fraction:g}")
@@ -143,7 +144,7 @@ class Images:
 
     def split(self, fraction: float = 0.2, seed: int = 0) -> tuple[Images, Images]:
         """(train, test): a fixed random `fraction` is held out, from every class alike when labels are known."""
-        train, test = _split_index(len(self), self.label, fraction, seed, self.name)
+        train, test = split_index(len(self), self.label, fraction, seed, self.name)
         return self.subset(train), self.subset(test)
 
     def channels(self, c: int) -> Images:
@@ -229,7 +230,7 @@ class ImageFiles(Dataset[dict[str, Any]]):
 
     def split(self, fraction: float = 0.2, seed: int = 0) -> tuple[ImageFiles, ImageFiles]:
         """(train, test), as `Images.split`."""
-        train, test = _split_index(len(self), self.label, fraction, seed, self.name)
+        train, test = split_index(len(self), self.label, fraction, seed, self.name)
         return self.subset(train), self.subset(test)
 
 

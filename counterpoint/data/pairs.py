@@ -75,7 +75,7 @@ class Pairs:
 
     def split(self, fraction: float = 0.2, seed: int = 0) -> tuple[Pairs, Pairs]:
         """(train, test): a fixed random `fraction` of the images is held out, from every class alike if labels are known."""
-        train, test = images._split_index(len(self), self.label, fraction, seed, self.name)
+        train, test = images.split_index(len(self), self.label, fraction, seed, self.name)
         return self.subset(train), self.subset(test)
 
     def tokenised(self, tokenizer: Any, max_length: int) -> PairItems | PairFiles:

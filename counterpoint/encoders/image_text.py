@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from counterpoint.encoders.image import ImageEncoder
 from counterpoint.encoders.image import image as image_encoder
-from counterpoint.encoders.text import TextEncoder, _folders_pooling, _line, _place
+from counterpoint.encoders.text import TextEncoder, folders_pooling, place_of
 from counterpoint.encoders.text import text as text_encoder
-from counterpoint.errors import InputError, nearest
+from counterpoint.errors import InputError, nearest, one_line
 from counterpoint.views import plain
 
 OPEN_CLIP = "open_clip:"
@@ -205,7 +205,7 @@ def towers(
             raise InputError(f"{image} takes images of 3 channels, not {channels}")
         return _open_clip(image, dim, image_size, max_length, pretrained)
     fresh = text is None or (isinstance(text, str) and re.fullmatch(r"transformer(-\d+-\d+)?", text) is not None)
-    pooling = None if fresh or not isinstance(text, str) else _folders_pooling(Path(_place(text)).expanduser())
+    pooling = None if fresh or not isinstance(text, str) else folders_pooling(Path(place_of(text)).expanduser())
     texts = text_encoder(text or TEXT, pooling=pooling or "mean", dropout=0.0 if fresh else None)
     max_length = min(MAX_LENGTH, texts.positions) if max_length is None else max_length
     _check_length(max_length, texts.positions, texts.name)
@@ -240,11 +240,11 @@ def _open_clip(
         import open_clip
     except ModuleNotFoundError as error:
         raise InputError(f"{image} needs the package open_clip_torch: pip install counterpoint[image-text]") from error
-    name, weights = _name_and_weights(image.removeprefix(OPEN_CLIP), open_clip)
+    name, weights = name_and_weights(image.removeprefix(OPEN_CLIP), open_clip)
     if pretrained and not weights and ":" not in name:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise InputError(f"say which weights: {OPEN_CLIP}{name}/TAG, with one of the tags {tags}, or a file for TAG")
-    with _silent():
+    with silent():
         try:
             model = open_clip.create_model(
                 name, pretrained=weights or None, force_image_size=image_size, pretrained_text=bool(weights)
@@ -253,7 +253,7 @@ def _open_clip(
             context = int(model.context_length)
             tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(name), context)
         except Exception as error:  # files, hubs and configurations each fail in their own way
-            raise InputError(f"{image} could not be loaded: {_line(error)}") from error
+            raise InputError(f"{image} could not be loaded: {one_line(error)}") from error
     if dim is not None and dim != width:
         raise InputError(f"the vectors of {image} have {width} dimensions: leave dim out, or say {width}, not {dim}")
     max_length = context if max_length is None else max_length
@@ -261,7 +261,7 @@ def _open_clip(
     return OpenClipTowers(model, tokenizer, width, max_length, image)
 
 
-def _name_and_weights(given: str, open_clip: Any) -> tuple[str, str]:
+def name_and_weights(given: str, open_clip: Any) -> tuple[str, str]:
     """("ViT-B-32", "laion2b_s34b_b79k") from "ViT-B-32/laion2b_s34b_b79k"; "" where no weights are named.
 
     Raises:
@@ -301,7 +301,7 @@ def _plain_tag(tag: str) -> str:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without open_clip's running commentary, which it gives to the root logger (and would set that up)."""
     root, ignored = logging.getLogger(), logging.NullHandler()
     level = root.level

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from counterpoint.data.texts import pad_of
 from counterpoint.encoders.image import Features
-from counterpoint.errors import InputError
+from counterpoint.errors import InputError, one_line
 
 log = logging.getLogger("counterpoint")
 
@@ -144,9 +144,9 @@ def text(
     if isinstance(name, dict):
         config, tokenizer, title = _fresh(name, tokenizer)
     else:
-        title, source = name, _place(name)
+        title, source = name, place_of(name)
         if pooling is None:
-            pooling = _folders_pooling(Path(source).expanduser())
+            pooling = folders_pooling(Path(source).expanduser())
         if max_length is None:
             max_length = _folders_length(Path(source).expanduser())
         config = _loaded(source, lambda: transformers.AutoConfig.from_pretrained(source))
@@ -220,14 +220,16 @@ def _fresh(settings: dict[str, Any], tokenizer: Any) -> tuple[Any, Any, str]:
     try:
         config = transformers.AutoConfig.for_model(kind, **settings)
     except (ValueError, TypeError) as error:
-        raise InputError(f'"{kind}" with {settings} is no configuration transformers knows: {_line(error)}') from error
+        raise InputError(
+            f'"{kind}" with {settings} is no configuration transformers knows: {one_line(error)}'
+        ) from error
     heads = getattr(config, "num_attention_heads", 1)
     if config.hidden_size % heads:
         raise InputError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads evenly")
     return config, tokenizer, title
 
 
-def _place(name: str) -> str:
+def place_of(name: str) -> str:
     """Where the folder lies that ``package:NAME/FOLDER`` means; any other name is itself."""
     if not name.startswith("package:"):
         if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
@@ -242,7 +244,7 @@ def _place(name: str) -> str:
     return str(Path(next(iter(found.submodule_search_locations))) / inside)
 
 
-def _folders_pooling(folder: Path) -> Pooling | None:
+def folders_pooling(folder: Path) -> Pooling | None:
     """What a sentence-transformers folder asks for; None for any other."""
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
@@ -266,16 +268,11 @@ def _loaded(name: str, load: Any) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = Path(name).expanduser()
         if where.is_dir():
-            raise InputError(f"{name} holds no transformers model that can be read: {_line(error)}") from error
+            raise InputError(f"{name} holds no transformers model that can be read: {one_line(error)}") from error
         raise InputError(
-            f"there is no folder {name}, and the hub's model of that name cannot be had here ({_line(error)}); give a "
+            f"there is no folder {name}, and the hub's model of that name cannot be had here ({one_line(error)}); give a "
             "local folder, or transformer-128-2 for a fresh small model"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _positions(config: Any) -> int:

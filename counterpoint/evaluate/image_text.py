@@ -16,8 +16,8 @@ from torch import Tensor
 from counterpoint.contrast import unit
 from counterpoint.data import NAMES, Images, captions, load
 from counterpoint.errors import InputError
-from counterpoint.evaluate.protocols import Array, Result, _features, _labels, _logistic, bootstrap
-from counterpoint.evaluate.texts import _unit
+from counterpoint.evaluate.protocols import Array, Result, bootstrap, checked_features, checked_labels, fit_logistic
+from counterpoint.evaluate.texts import unit_vectors
 
 log = logging.getLogger("counterpoint")
 
@@ -64,8 +64,8 @@ def class_vectors(
             f'the template "{wrong[0]}" does not name the class: write {{}} or {{a}} where its name belongs'
         )
     prompts = [_said(template, captions.spoken(name)) for name in classes for template in templates]
-    vectors = _unit(encode_text(prompts), len(prompts)).reshape(len(classes), len(templates), -1)
-    return _unit(vectors.mean(1), len(classes))
+    vectors = unit_vectors(encode_text(prompts), len(prompts)).reshape(len(classes), len(templates), -1)
+    return unit_vectors(vectors.mean(1), len(classes))
 
 
 def _said(template: str, name: str) -> str:
@@ -102,7 +102,7 @@ def zero_shot(
     Source: Radford et al. 2021 (arXiv 2103.00020), section 3.1.
     """
     images, texts = _pair(image_vectors, class_vectors, "class")
-    at = _labels(labels, "image", len(images))
+    at = checked_labels(labels, "image", len(images))
     if at.min() < 0 or at.max() >= len(texts):
         raise InputError(f"labels must lie between 0 and {len(texts) - 1}, one class vector each, not at {at.max()}")
     names = [str(i) for i in range(len(texts))] if classes is None else list(classes)
@@ -226,7 +226,7 @@ def _drawn(good: Tensor, bad: Tensor, draws: Tensor, most: int) -> Tensor:
 
 def _pair(image_vectors: Array, text_vectors: Array, name: str) -> tuple[Tensor, Tensor]:
     """Unit vectors of images and of texts on one device, checked."""
-    images, texts = _features(image_vectors, "image"), _features(text_vectors, name)
+    images, texts = checked_features(image_vectors, "image"), checked_features(text_vectors, name)
     if images.shape[1] != texts.shape[1]:
         raise InputError(f"image vectors have {images.shape[1]} dimensions but {name} vectors {texts.shape[1]}")
     return unit(images), unit(texts.to(images.device))
@@ -358,7 +358,7 @@ def _separability(x: np.ndarray, y: np.ndarray, seed: int) -> float:
         out = order[fold::5]
         kept = np.setdiff1d(order, out)
         known = np.repeat([0, 1], len(kept))
-        ((predicted, _),) = _logistic(
+        ((predicted, _),) = fit_logistic(
             np.concatenate([x[kept], y[kept]]), known, np.concatenate([x[out], y[out]]), [1.0]
         )
         right.append(predicted == np.repeat([0, 1], len(out)))

@@ -138,12 +138,12 @@ def linear_probe(
     x, y = train.cpu().numpy(), train_label.numpy()
     a, b = fitted.numpy(), held_out.numpy()
     validation: dict[float, float] = {}
-    for strength, (predicted, _) in zip(STRENGTHS, _logistic(x[a], y[a], x[b], STRENGTHS), strict=False):
+    for strength, (predicted, _) in zip(STRENGTHS, fit_logistic(x[a], y[a], x[b], STRENGTHS), strict=False):
         validation[strength] = 100 * float((predicted == y[b]).mean())
         if len(validation) > 2 and max([*validation.values()][-2:]) < max(validation.values()):
             break  # weaker penalties only overfit further, and cost the most
     best = max(validation, key=lambda strength: (validation[strength], -strength))
-    ((predicted, converged),) = _logistic(x, y, test.cpu().numpy(), [best])
+    ((predicted, converged),) = fit_logistic(x, y, test.cpu().numpy(), [best])
     detail = {
         "C": best,
         "validation_accuracy": validation[best],
@@ -156,7 +156,7 @@ def linear_probe(
     return _accuracy("linear-offline", predicted == test_label.numpy(), subject, detail, where)
 
 
-def _logistic(
+def fit_logistic(
     x: np.ndarray, y: np.ndarray, new: np.ndarray, strengths: Sequence[float]
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Predicted labels of `new`, and whether the fit converged, for each strength; each starts from the one before."""
@@ -191,7 +191,7 @@ def own_classifier(protocol: str, predicted: Array, test_x: Array, test_y: Array
     Raises:
         InputError: lengths that differ, labels that are no whole numbers.
     """
-    truth, found = (_labels(y, "test", len(test_x)) for y in (test_y, predicted))
+    truth, found = (checked_labels(y, "test", len(test_x)) for y in (test_y, predicted))
     spread = scatter(test_x, truth)
     return _accuracy(protocol, found == truth, subject, {} if spread is None else {"scatter": spread})
 
@@ -205,8 +205,8 @@ def scatter(x: Array, y: Array) -> float | None:
         x: features [N, D]
         y: whole-number labels [N]
     """
-    features = _features(x, "given").double().cpu()
-    classes, member = np.unique(_labels(y, "given", len(features)), return_inverse=True)
+    features = checked_features(x, "given").double().cpu()
+    classes, member = np.unique(checked_labels(y, "given", len(features)), return_inverse=True)
     of = torch.from_numpy(member)
     sums = features.new_zeros(len(classes), features.shape[1]).index_add_(0, of, features)
     centres = sums / of.bincount()[:, None]
@@ -238,7 +238,7 @@ def ridge_probe(
     from scipy.stats import spearmanr
     from sklearn.linear_model import Ridge
 
-    train, test = _features(train_x, "training"), _features(test_x, "test")
+    train, test = checked_features(train_x, "training"), checked_features(test_x, "test")
     if train.shape[1] != test.shape[1]:
         raise InputError(f"training features have {train.shape[1]} columns but test features {test.shape[1]}")
     y, truth = (np.asarray(torch.as_tensor(values).cpu(), dtype=np.float64) for values in (train_y, test_y))
@@ -280,7 +280,7 @@ def ordinality(x: Array, y: Array, *, rows: int = 1000, seed: int = 0) -> float:
     """
     from scipy.stats import spearmanr
 
-    features = _features(x, "given").double()
+    features = checked_features(x, "given").double()
     values = torch.as_tensor(y).cpu().double()
     at = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:rows]
     some, value = torch.nn.functional.normalize(features.cpu()[at], dim=1), values[at]
@@ -305,7 +305,7 @@ def one_shot(encode: Callable[[Tensor], Array], runs: Runs, *, subject: str = ""
     """
     count, ways = runs.answer.shape
     both = torch.cat([runs.training.flatten(0, 1), runs.test.flatten(0, 1)])
-    x = _features(encode(both), "one-shot")
+    x = checked_features(encode(both), "one-shot")
     if len(x) != len(both):
         raise InputError(f"encode returned {len(x):,} rows for {len(both):,} images, but one for each is needed")
     x = torch.nn.functional.normalize(x, dim=1).cpu()
@@ -368,13 +368,13 @@ def geometry(x: Array, x2: Array | None = None, *, rows: int = 10_000, seed: int
     """
     from counterpoint.contrast import alignment, effective_rank, uniformity
 
-    first = _features(x, "given")
+    first = checked_features(x, "given")
     if len(first) < 2:
         raise InputError("the geometry of a single vector says nothing; hand in at least two")
     at = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))[:rows].sort().values
     found: dict[str, float] = {}
     if x2 is not None:
-        second = _features(x2, "second")
+        second = checked_features(x2, "second")
         if second.shape != first.shape:
             raise InputError(f"x is {list(first.shape)} but x2 is {list(second.shape)}; pairs need equal shapes")
         found["alignment"] = float(alignment(first[at], second[at].to(first.device)))
@@ -391,7 +391,7 @@ def _accuracy(
     return Result(protocol, "accuracy", value, (100 * low, 100 * high), len(correct), subject, detail)
 
 
-def _features(x: Array, name: str) -> Tensor:
+def checked_features(x: Array, name: str) -> Tensor:
     """float32 [N, D], checked."""
     features = (x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))).float()
     if features.ndim != 2 or features.numel() == 0:
@@ -402,7 +402,8 @@ def _features(x: Array, name: str) -> Tensor:
     return features
 
 
-def _labels(y: Array, name: str, n: int) -> np.ndarray:
+def checked_labels(y: Array, name: str, n: int) -> np.ndarray:
+    """int64 [N], checked."""
     labels = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
     if labels.shape != (n,):
         raise InputError(f"there are {n:,} {name} features but {name} labels of shape {list(labels.shape)}")
@@ -415,11 +416,11 @@ def _task(
     train_x: Array, train_y: Array, test_x: Array, test_y: Array
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
     """Checked features, labels as positions in the sorted training classes, and those classes."""
-    train, test = _features(train_x, "training"), _features(test_x, "test")
+    train, test = checked_features(train_x, "training"), checked_features(test_x, "test")
     if train.shape[1] != test.shape[1]:
         raise InputError(f"training features have {train.shape[1]} columns but test features {test.shape[1]}")
-    known, train_label = np.unique(_labels(train_y, "training", len(train)), return_inverse=True)
-    labels = _labels(test_y, "test", len(test))
+    known, train_label = np.unique(checked_labels(train_y, "training", len(train)), return_inverse=True)
+    labels = checked_labels(test_y, "test", len(test))
     unseen = sorted(set(labels.tolist()) - set(known.tolist()))
     if unseen:
         listed = ", ".join(map(str, unseen[:10])) + (f" and {len(unseen) - 10} more" if len(unseen) > 10 else "")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from counterpoint.data.interactions import Histories
 from counterpoint.errors import InputError
-from counterpoint.evaluate.protocols import Array, Result, _features, bootstrap
+from counterpoint.evaluate.protocols import Array, Result, bootstrap, checked_features
 
 CUTOFFS = (5, 10, 20)
 BLOCK = {"cpu": 2**20, "cuda": 2**26}  # scores held at once; on a CPU they stay in its cache, which is 3 times as fast
@@ -31,7 +31,7 @@ def target_ranks(users: Array, items: Array, target: Tensor, *, seen: Tensor | N
     Raises:
         InputError: NaN or infinite vectors, widths or lengths that differ, a target that is no item.
     """
-    user, item = _features(users, "user"), _features(items, "item")
+    user, item = checked_features(users, "user"), checked_features(items, "item")
     if user.shape[1] != item.shape[1]:
         raise InputError(f"users have {user.shape[1]} columns but items {item.shape[1]}")
     if target.shape != (len(user),):

@@ -150,7 +150,7 @@ def _directions(encode: Encode, sentences: Sequence[str] | None) -> np.ndarray:
     given = texts.sts("stsb", "test").sentences() if sentences is None else list(dict.fromkeys(sentences))
     if len(given) < 2:
         raise InputError("isotropy looks at pairs of sentences; hand in at least two different ones")
-    return _unit(encode(given), len(given)).astype(np.float64)
+    return unit_vectors(encode(given), len(given)).astype(np.float64)
 
 
 def length_bias(encode: Encode, *, split: str = "test", subject: str = "") -> Result:
@@ -238,10 +238,11 @@ def _embedded(encode: Encode, pairs: texts.Texts) -> tuple[np.ndarray, dict[str,
     sentences = pairs.sentences()
     place = {sentence: i for i, sentence in enumerate(sentences)}
     at = {part: np.array([place[sentence] for sentence in column]) for part, column in pairs.columns.items()}
-    return _unit(encode(sentences), len(sentences)), at
+    return unit_vectors(encode(sentences), len(sentences)), at
 
 
-def _unit(x: Array, n: int) -> np.ndarray:
+def unit_vectors(x: Array, n: int) -> np.ndarray:
+    """float32 [n, D] on the unit sphere, checked."""
     vectors = _array(x, n)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)

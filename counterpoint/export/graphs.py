@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from counterpoint.encoders.image import ImageEncoder
 from counterpoint.encoders.image_text import OPEN_CLIP, OpenClipTowers, Towers, TwoTowers
 from counterpoint.encoders.text import UNLIMITED, TextEncoder
-from counterpoint.errors import InputError
+from counterpoint.errors import InputError, one_line
 from counterpoint.export.checks import gibberish, images, largest_difference, tokens
 from counterpoint.export.folder import description, label, replacing
 
@@ -249,7 +249,7 @@ def _traced(graph: nn.Module, dynamic: dict[str, Any], example: dict[str, Tensor
         reason: BaseException = error
         while reason.__cause__ is not None:  # torch wraps what happened in advice on how to report it
             reason = reason.__cause__
-        raise InputError(f"torch cannot write {name} as ONNX ({_line(reason)}); export --to safetensors") from error
+        raise InputError(f"torch cannot write {name} as ONNX ({one_line(reason)}); export --to safetensors") from error
 
 
 def _name_and_clean(model: Any, inputs: list[str], words: dict[str, str]) -> None:
@@ -278,17 +278,12 @@ def _session(path: Path, name: str) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise InputError(f"onnxruntime cannot open {name} ({_line(error)}); export --to safetensors") from error
+        raise InputError(f"onnxruntime cannot open {name} ({one_line(error)}); export --to safetensors") from error
 
 
 def _run(session: Any, batch: dict[str, Tensor], name: str) -> Tensor:
     try:
         (found,) = session.run(["embedding"], {key: value.numpy() for key, value in batch.items()})
     except Exception as error:
-        raise InputError(f"onnxruntime cannot run {name} ({_line(error)}); export --to safetensors") from error
+        raise InputError(f"onnxruntime cannot run {name} ({one_line(error)}); export --to safetensors") from error
     return torch.from_numpy(found)
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else text[:157] + "..."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from counterpoint.encoders.image_text import OPEN_CLIP, OpenClipTowers, _name_and_weights, _silent
+from counterpoint.encoders.image_text import OPEN_CLIP, OpenClipTowers, name_and_weights, silent
 from counterpoint.errors import InputError
 from counterpoint.export.checks import SENTENCES, images, largest_difference
 from counterpoint.export.folder import description, label, replacing, write_tensors
@@ -40,7 +40,7 @@ def save(encoder: Any, path: str | Path, **about: str) -> float:
     with replacing(path, description(encoder, **about)) as folder:
         write_tensors(state, folder / "open_clip_model.safetensors", {"format": "pt"})
         configure(encoder, folder)
-        with _silent():
+        with silent():
             try:
                 again = open_clip.create_model(f"local-dir:{folder}").eval()
                 tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -64,7 +64,7 @@ def configure(encoder: OpenClipTowers, folder: Path) -> None:
     import open_clip
 
     visual, tokenizer = encoder.model.visual, encoder.tokenizer.tokenizer
-    name, _ = _name_and_weights(encoder.name.removeprefix(OPEN_CLIP), open_clip)
+    name, _ = name_and_weights(encoder.name.removeprefix(OPEN_CLIP), open_clip)
     config = open_clip.get_model_config(name)
     config["vision_cfg"]["image_size"] = encoder.image_size
     more = getattr(visual, "preprocess_cfg", {})

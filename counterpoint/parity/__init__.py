@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from counterpoint import results
-from counterpoint.errors import CounterpointError, InputError
+from counterpoint.errors import CounterpointError, InputError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,11 +120,11 @@ def check(stem: Path, name: str | None = None) -> Outcome:
         difference, allowance, reason = _compare(ours, arrays, description["tolerance"])
         return Outcome(case, op_name, difference, allowance, reason)
     except CounterpointError as error:
-        return Outcome(case, op_name, reason=_line(error))
+        return Outcome(case, op_name, reason=one_line(error, 300))
     except KeyError as error:
         return Outcome(case, op_name, reason=f"the case lacks the input or parameter {error}")
     except Exception as error:  # a broken case or op must not hide the verdict on the others
-        return Outcome(case, op_name, reason=_line(f"{type(error).__name__}: {error}"))
+        return Outcome(case, op_name, reason=one_line(f"{type(error).__name__}: {error}", 300))
 
 
 def _stems(directory: Path) -> list[Path]:
@@ -301,7 +301,3 @@ def _by_method(report: Report) -> Iterator[tuple[str, list[Outcome]]]:
     slugs = [outcome.op.partition(".")[0].replace("_", "-") for outcome in report.outcomes]
     for slug in sorted(set(slugs) - {""}):
         yield slug, [outcome for own, outcome in zip(slugs, report.outcomes, strict=True) if own == slug]
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

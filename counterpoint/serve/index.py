@@ -266,7 +266,7 @@ class Index:
         """
         rows = self.rows(item)
         if not len(rows):
-            raise InputError(f'the index has no "{item}"{self._hint(str(item))}')
+            raise InputError(f'the index has no "{item}"{self.hint(str(item))}')
         scores, ids = self.search(self.vector(rows[0]), k, without=rows)
         return scores[0], ids[0]
 
@@ -319,7 +319,8 @@ class Index:
             scores[lost], places[lost] = self.vectors.storage.search(block[lost], k)
         return (np.sqrt(scores.clip(min=0)) if self.metric == "euclidean" else scores), places
 
-    def _hint(self, item: str) -> str:
+    def hint(self, item: str) -> str:
+        """What to say after an id that is not there: the nearest one, or how rows are numbered."""
         if self.names is None:
             return f": its rows are numbered from 0 to {len(self) - 1:,}"
         return nearest(item, (self.names[i] for i in range(min(len(self), SUGGEST_AMONG))))
@@ -489,7 +490,7 @@ def ask(index: Index, query: str, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         rows = [index.rows(item) for item in items]
         for item, found in zip(items, rows, strict=True):
             if not len(found):
-                raise InputError(f'the index has no "{item}"{index._hint(item)}')
+                raise InputError(f'the index has no "{item}"{index.hint(item)}')
         vector, without = index.method.encode([items]), [int(found[0]) for found in rows]
     elif of in ("images", "pairs") and path.is_file():
         vector, without = index.method.encode([path]), []
@@ -499,7 +500,7 @@ def ask(index: Index, query: str, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         vector, without = index.method.encode_text([query]), []
     else:
         file = ", nor an image file" if of == "images" else ""
-        raise InputError(f'the index has no "{query}"{file}{index._hint(query)}')
+        raise InputError(f'the index has no "{query}"{file}{index.hint(query)}')
     scores, ids = index.search(vector, k, without=without)
     return scores[0], ids[0]
 

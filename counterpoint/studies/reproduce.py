@@ -132,9 +132,10 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
     measured = {name: [arm["results"][study.metric] for arm in arms] for name, arms in cells.items()}
     scores = {name: [subjects[study.subject] for subjects in arms] for name, arms in measured.items()}
     details = {name: [_detail(arm, study) for arm in arms] for name, arms in cells.items()}
+    known = {name: [arm.get("recorded", {}) | _detail(arm, study) for arm in arms] for name, arms in cells.items()}
     per_seed = [
         {name: values[i] for name, values in scores.items()}
-        | {f"{name}:{key}": number for name, found in details.items() for key, number in found[i].items()}
+        | {f"{name}:{key}": number for name, found in known.items() for key, number in found[i].items()}
         for i in range(len(seeds))
     ]
     effect, ci = interval([value_of(study.effect, cell) for cell in per_seed])
@@ -196,7 +197,8 @@ def _means(details: list[dict[str, float]]) -> dict[str, float]:
 def value_of(text: str, cell: dict[str, float]) -> float:
     """An arithmetic expression over arms, such as ``method@32 - baseline@32``, for one seed.
 
-    ``method:NAME`` is another number of that arm's result, one of its details.
+    ``method:NAME`` is another number of that arm: a detail of its result, or else the mean over its training of something
+    recorded.
 
     Raises:
         InputError: a name that is no arm, or anything but numbers, + - * / and brackets.

@@ -395,7 +395,8 @@ def geometry(
     The scores that enter the loss, those of `pairs` (without them, of each query among the keys), as means over the
     anchors: `score_positive`, `score_negative`, the variance of an anchor's negatives `score_negative_variance`, that of
     the positives `score_positive_variance`, and with a temperature `exp_score_positive`, `exp_score_negative` (of s / tau) and
-    `score_negative_soft`, tau log mean exp(s / tau), where the softmax sees the negatives.
+    `score_negative_soft`, tau log mean exp(s / tau), where the softmax sees the negatives. `proxy_accuracy` is the share of
+    anchors whose positive beats all of its negatives.
     """
     pairs = contrast.Pairs(query, key) if pairs is None else pairs
     query, key = contrast.unit(query[:most]), contrast.unit(key[:most])
@@ -420,6 +421,7 @@ def _scores(pairs: contrast.Pairs, temperature: Any, most: int) -> dict[str, flo
     seen = pairs.scores(tau, most=most).double()
     negative, variance, positive, exp_negative, exp_positive = seen.mean(0).tolist()
     record = {"score_positive": positive, "score_negative": negative, "score_negative_variance": variance}
+    record["proxy_accuracy"] = float(pairs.proxy_accuracy(most=most))
     if len(seen) > 1:
         record["score_positive_variance"] = float(seen[:, 2].var())
     if temperature is not None:

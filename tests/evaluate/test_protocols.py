@@ -147,13 +147,13 @@ def test_linear_probe_never_looks_at_the_test_set_to_choose():
 def test_linear_probe_refits_on_all_training_items():
     # class 1 has 5 items: 4 on the fitted side, 1 held out; the refit must have seen all 25
     seen = []
-    original = protocols._logistic
+    original = protocols.fit_logistic
     x, y = blobs(25, classes=2)
     try:
-        protocols._logistic = lambda a, b, c, s: (seen.append((len(a), len(c))), original(a, b, c, s))[1]
+        protocols.fit_logistic = lambda a, b, c, s: (seen.append((len(a), len(c))), original(a, b, c, s))[1]
         linear_probe(x, y, x[:9], y[:9])
     finally:
-        protocols._logistic = original
+        protocols.fit_logistic = original
     (fitted, held_out), refit = seen
     assert refit == (25, 9) and fitted + held_out == 25 and 4 <= held_out <= 6
 
@@ -172,7 +172,7 @@ def test_linear_probe_stops_when_weaker_penalties_only_overfit(monkeypatch):
 
     _, held_out = protocols.stratified(torch.as_tensor(y), 0.2, 0)
     held_out_labels = np.asarray(y)[held_out.numpy()]
-    monkeypatch.setattr(protocols, "_logistic", fake)
+    monkeypatch.setattr(protocols, "fit_logistic", fake)
     result = linear_probe(x, y, x[held_out.numpy()], held_out_labels)
     assert tried[:-1] == list(protocols.STRENGTHS[:4]) and result.detail["C"] == protocols.STRENGTHS[1]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from counterpoint import contrast
-from counterpoint.contrast.softmax import reduce
+from counterpoint.contrast.operands import reduce
 from counterpoint.data import interactions
 from counterpoint.data.interactions import Histories
 from counterpoint.encoders.sequence import SASRecEncoder

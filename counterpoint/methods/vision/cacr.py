@@ -43,7 +43,7 @@ class CACR(Method):
     the queue are then constants. `MomentumCACR` is the form on MoCo v3.
 
     Where codes differ: in the released queue form a cached product lets the first view's similarities to the queue serve every
-    view; each view has its own here. A debiased and a Gaussian-cost variant, of which the paper reports no gain, are left out.
+    view; each view has its own here. A debiased and a Gaussian-cost variant are left out.
 
     Source: Zheng et al. 2023, "Contrastive Attraction and Contrastive Repulsion for Representation Learning" (TMLR; arXiv
     2105.03746); code JegZheng/CACR-SSL at fbc9d94.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from counterpoint.contrast.focal import focal_sup_con, mix_hard_pairs
-from counterpoint.contrast.softmax import reduce
+from counterpoint.contrast.operands import reduce
 from counterpoint.errors import InputError
 from counterpoint.methods.vision.fine_tuning import FineTuning
 from counterpoint.train.method import Batch

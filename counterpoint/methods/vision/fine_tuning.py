@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from counterpoint import contrast, encoders
-from counterpoint.contrast.softmax import reduce
+from counterpoint.contrast.operands import reduce
 from counterpoint.encoders import heads
 from counterpoint.errors import InputError
 from counterpoint.train.method import Batch, Method

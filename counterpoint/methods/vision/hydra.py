@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from counterpoint import encoders
-from counterpoint.contrast.softmax import reduce
+from counterpoint.contrast.operands import reduce
 from counterpoint.contrast.subspace import partner_labels, partner_loss
 from counterpoint.encoders import heads
 from counterpoint.encoders.gates import PairGate

@@ -37,7 +37,7 @@ class MCL(Method):
 
     Defaults: four stages (the base and three more) and k = 10 clusters as released. `epochs` is shared evenly among the stages,
     and each has a whole schedule of the learning rate. Groups multiply (at most :math:`10^m` in stage m): groups smaller than a
-    batch are never seen in that stage, so take few stages, few clusters or small batches; the log says what is left out.
+    batch are never seen in that stage, so take few stages, few clusters or small batches (the log says how large they are).
 
     Where codes differ: the released script keeps the clusters of the last stage only (``labels="last"``), where the paper
     intersects all; the same for two stages. The paper trains a stage for one pass after another through the groups; we cut that
@@ -131,7 +131,9 @@ class MCL(Method):
                 torch.distributed.broadcast(label, src=0)
             self.clusterings.add(label)
             groups = self.clusterings.groups(self.labels == "last")
-            log.info("stage %d of %d: batches come from %d groups", stage + 1, len(self.stages), int(groups.max()) + 1)
+            sizes = groups.bincount().tolist()
+            found = (stage + 1, len(self.stages), len(sizes), min(sizes), max(sizes))
+            log.info("stage %d of %d: batches come from %d groups of %d to %d items", *found)
         return self.clusterings.groups(self.labels == "last")
 
     def after_step(self) -> None:
