@@ -30,9 +30,11 @@ from counterpoint import contrast
 from counterpoint.atomic import writing
 from counterpoint.contrast import attraction
 from counterpoint.contrast.adaptive import adaptive_contrast
+from counterpoint.contrast.balanced import balanced_info_nce
 from counterpoint.contrast.distributed import exchange, gather, gather_plain
 from counterpoint.contrast.focal import focal_sup_con
 from counterpoint.contrast.regression import Shift, supremix
+from counterpoint.contrast.routing import load_balancing, specified_expert
 from counterpoint.contrast.spectral import spectral_contrastive
 from counterpoint.contrast.subspace import partner_loss
 
@@ -54,6 +56,11 @@ class Shard(NamedTuple):
     row_temperature: Tensor
     temperature: Tensor
     bias: Tensor
+
+
+def alike_everywhere(s: Shard) -> Tensor:
+    """Which rows of all processes share the label of each row of this one."""
+    return s.labels[:, None] == gather_plain(s.labels).rows
 
 
 def by_ring(loss: Callable[..., Tensor]) -> Callable[[Shard], Tensor]:
@@ -162,6 +169,19 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
     "info_nce, pairs to ignore": lambda s: contrast.info_nce(
         s.z1, s.z2, temperature=s.temperature, ignore=s.ignore, symmetric=True
     ),
+    "info_nce, pairs of all processes to ignore": lambda s: contrast.info_nce(
+        s.z1, s.z2, temperature=s.temperature, ignore=alike_everywhere(s)
+    ),
+    "balanced_info_nce": lambda s: balanced_info_nce(s.z1, s.z2, temperature=s.temperature, rounds=2),
+    "balanced_info_nce, pairs to ignore": lambda s: balanced_info_nce(
+        s.z1, s.z2, temperature=s.temperature, ignore=alike_everywhere(s)
+    ),
+    "relabelled_clip": lambda s: contrast.relabelled_clip(s.z1, s.z2, temperature=s.temperature),
+    "relabelled_clip, short vectors": lambda s: contrast.relabelled_clip(
+        0.5 * s.z1, 0.5 * s.z2, temperature=s.temperature, normalize=False
+    ),
+    "specified_expert": lambda s: specified_expert(torch.stack([s.z1, s.z2]), s.labels % 3),
+    "load_balancing": lambda s: load_balancing(torch.stack([s.z1, s.z2])),
     "info_nce, a temperature per row": lambda s: contrast.info_nce(s.z1, s.z2, temperature=s.row_temperature),
     "sup_con": lambda s: contrast.sup_con(torch.stack([s.z1, s.z2], dim=1), s.labels, temperature=s.temperature),
     "sup_con, one view with singletons": lambda s: contrast.sup_con(s.z1, s.labels, temperature=s.temperature),

@@ -210,8 +210,11 @@ def embed(argv: list[str]) -> int:
     parser.add_argument("run", help="run folder")
     parser.add_argument("--data", required=True, help="known name, folder, .npz or .npy file")
     parser.add_argument("--split", help="part of a data set that has several")
+    parser.add_argument("--domain", help="of all texts, where the model knows several and the data do not say it")
     parser.add_argument("--out", default="vectors.npz")
     options = parser.parse_args(argv)
+    import inspect
+
     import numpy as np
 
     from counterpoint.atomic import save_arrays
@@ -219,6 +222,8 @@ def embed(argv: list[str]) -> int:
 
     method = Run.open(options.run).model()
     part = {"split": options.split} if options.split else {}
+    if options.domain and "domain" not in inspect.signature(method.encode).parameters:
+        raise InputError(f"{type(method).__name__} knows no domains: leave --domain out")
     if method.family in ("images", "pairs"):
         items = getattr(method, "images", method.read)(options.data, **part)
         arrays = {"vector": method.encode(items)}
@@ -227,7 +232,9 @@ def embed(argv: list[str]) -> int:
         if items.paths:
             arrays["path"] = np.array(items.paths)
     else:
-        arrays = {"vector": method.encode(options.data, **part)}
+        arrays = {
+            "vector": method.encode(options.data, **part, **({"domain": options.domain} if options.domain else {}))
+        }
     if method.family == "sentences":
         from counterpoint.data import texts
 

@@ -11,6 +11,7 @@ from counterpoint.contrast.kernels import executor, log_sum_exp, softmax_mean
 from counterpoint.contrast.operands import unit
 from counterpoint.contrast.pairs import Pairs
 from counterpoint.contrast.prediction import negative_cosine
+from counterpoint.contrast.ranking import mnr, relabelled_clip
 from counterpoint.contrast.redundancy import barlow_twins
 from counterpoint.contrast.regression import supremix, weighted_sup_con
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same
@@ -27,6 +28,7 @@ PAIR_OBJECTIVES: dict[str, Objective] = {
     "dcl": dcl,
     "dclw": dclw,
     "clip_loss": clip_loss,
+    "relabelled_clip": relabelled_clip,
     "sigmoid_loss": sigmoid_loss,
 }
 """Objectives of two paired sets of embeddings, ``f(z1, z2, temperature=...)``: any method of pairs takes any of them."""
@@ -66,9 +68,11 @@ __all__ = [
     "executor",
     "info_nce",
     "log_sum_exp",
+    "mnr",
     "negative_cosine",
     "nt_xent",
     "objective",
+    "relabelled_clip",
     "score_stats",
     "sigmoid_loss",
     "sinkhorn",

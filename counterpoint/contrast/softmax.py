@@ -65,8 +65,8 @@ def info_nce(
             (-1 pads); bool ``[N, M]`` marks them. Several positives are averaged outside the log.
         negatives: shared extra keys ``[K, d]``, for example a queue.
         hard_negatives: extra keys of each query alone ``[N, S, d]``; with `symmetric` those of the keys follow, ``[2N, S, d]``.
-        ignore: pairs of the batch that do not count (false negatives): a relation or bool ``[N, M]``. Positives always
-            count.
+        ignore: pairs of the batch that do not count (false negatives): a relation or bool ``[N, M]``; over several
+            processes that is the part of this one's keys, or ``[N, M of all]``. Positives always count.
         in_batch: do the other keys of the batch count as negatives? MoCo says no: only the queue does.
         decoupled: leave positives out of the denominator (DCL, arXiv 2110.06848).
         symmetric: average with the loss of keys picking queries (needs the default pairing).
@@ -461,7 +461,9 @@ def _ignored(ignore, positives: Relation, decoupled: bool, keys: Gathered, n: in
     """Pairs that do not count in the denominator."""
     if ignore is None:
         return positives if decoupled else None
-    if isinstance(ignore, Tensor):
+    if isinstance(ignore, Tensor) and keys.ranks > 1 and ignore.shape == (n, len(keys.rows)):
+        ignore = Mask(ignore.bool())
+    elif isinstance(ignore, Tensor):
         if ignore.shape != (n, local):
             raise InputError(f"ignore must mark queries x keys, [{n}, {local}], not {list(ignore.shape)}")
         wide = torch.zeros(n, len(keys.rows), dtype=torch.bool, device=keys.rows.device)

@@ -45,11 +45,17 @@ class Texts:
         score: [N] how alike anchor and positive are, where people judged it. Such pairs are no positives: training
             uses their sentences singly.
         name: where they come from.
+        label: int64 [N], 1 where anchor and positive belong together and 0 where they do not, if the data say so.
+        domain: int64 [N], of which of the `domains` a row is, where there are several.
+        domains: their names.
     """
 
     columns: Mapping[str, Sequence[str]]
     score: np.ndarray | None = None
     name: str = "sentences"
+    label: np.ndarray | None = None
+    domain: np.ndarray | None = None
+    domains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.columns["anchor"])
@@ -58,7 +64,8 @@ class Texts:
         """The rows at `index`, in that order."""
         at = [int(i) for i in index]
         columns = {part: [column[i] for i in at] for part, column in self.columns.items()}
-        return replace(self, columns=columns, score=None if self.score is None else self.score[at])
+        score, label, domain = (None if x is None else x[at] for x in (self.score, self.label, self.domain))
+        return replace(self, columns=columns, score=score, label=label, domain=domain)
 
     def sentences(self) -> list[str]:
         """Every distinct sentence of every column, in order of appearance."""
@@ -83,12 +90,14 @@ def load(
     Args:
         data: a name in `NAMES`, its split after a colon if you like (``"stsb:dev"``); a text file with one sentence a
             line; a .csv, .tsv, .jsonl or .parquet file (also .gz); a list of strings; a list of tuples (anchor,
-            positive, negative ...); a dictionary of columns; a DataFrame or Series.
+            positive, negative ...); a dictionary of columns; a DataFrame or Series. Several names with a plus between them
+            are so many domains of one set (``"arxiv-pairs+codenn-pairs"``).
         split: which part of a known set; own data is all "train".
         columns: names of a table's sentence columns in the order anchor, positive, negative ...; None finds them by
             their names (``sentence`` or ``text``; ``sentence1`` and ``sentence2``; ``anchor``, ``positive``,
             ``negative``, ``negative_2`` ...; a table of one column needs no name). A column ``score`` beside two
-            columns makes them scored pairs.
+            columns makes them scored pairs, a column ``label`` of 0 and 1 labelled ones. A column ``domain`` names the
+            domain of each row.
         limit: at most so many rows, a seeded random subset.
         seed: of that subset.
         whole: keep every row, also empty and repeated ones, so that row i of the result is row i of the data (to embed
@@ -101,9 +110,10 @@ def load(
     """
     if isinstance(data, Texts):
         found = data
-    elif isinstance(data, str) and data.partition(":")[0] in NAMES:
-        name, _, part = data.partition(":")
-        found = NAMES[name](part or split)
+    elif isinstance(data, str) and all(name.partition(":")[0] in NAMES for name in data.split("+")):
+        named = [name.partition(":") for name in data.split("+")]
+        parts = [NAMES[name](part or split) for name, _, part in named]
+        found = parts[0] if len(parts) == 1 else joined(parts, [name.removesuffix(PAIRS) for name, _, _ in named])
     else:
         found = _own(data, columns)
         if split != "train":
@@ -293,7 +303,49 @@ def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None
             score = np.array([float(cell) for cell in table[judged[0]]])
         except (TypeError, ValueError) as error:
             raise InputError(f"column {judged[0]} of {name} holds something that is no number ({error})") from error
-    return Texts(parts, score, name)
+    label = None
+    answers = [[as_text(cell).strip() for cell in table[title]] for title in table if title.lower() == "label"]
+    if len(titles) == 2 and score is None and answers and {*answers[0]} <= {"0", "1"}:
+        label = np.array(answers[0], dtype=np.int64)
+    return replace(Texts(parts, score, name, label), **_domains(table, titles, name))
+
+
+def _domains(table: dict[str, list[Any]], titles: list[str], name: str) -> dict[str, Any]:
+    """Numbers and names of the domains that a table's column ``domain`` tells apart."""
+    column = next((table[title] for title in table if title.lower() == "domain" and title not in titles), None)
+    if column is None:
+        return {}
+    cells = [as_text(cell).strip() for cell in column]
+    if "" in cells:
+        raise InputError(
+            f"row {cells.index('') + 1:,} of {name} has no domain; its column domain must name one in each row"
+        )
+    domains, number = np.unique(cells, return_inverse=True)
+    return {"domain": number.astype(np.int64), "domains": tuple(map(str, domains))}
+
+
+def joined(parts: Sequence[Texts], domains: Sequence[str]) -> Texts:
+    """Sets of one form as the domains of one set, one after the other.
+
+    Args:
+        parts: the sets.
+        domains: what each is called.
+
+    Raises:
+        InputError: a domain twice, or sets of different form.
+    """
+    if len(set(domains)) < len(domains):
+        raise InputError(f"each domain can be named once, not {' and '.join(domains)}")
+    first = parts[0]
+    for part in parts[1:]:
+        same = part.columns.keys() == first.columns.keys() and (part.label is None) == (first.label is None)
+        if not same or part.score is not None or first.score is not None or part.domain is not None:
+            forms = " and ".join(f"{x.name} ({', '.join(x.columns)})" for x in (first, part))
+            raise InputError(f"{forms} are not of one form and cannot be the domains of one set")
+    columns = {part: [cell for x in parts for cell in x.columns[part]] for part in first.columns}
+    label = None if first.label is None else np.concatenate([x.label for x in parts if x.label is not None])
+    number = np.repeat(np.arange(len(parts)), [len(x) for x in parts])
+    return Texts(columns, None, "+".join(x.name for x in parts), label, number, tuple(domains))
 
 
 def _found(titles: list[str]) -> list[str]:
@@ -331,10 +383,10 @@ def _clean(texts: Texts) -> Texts:
     if empty := len(rows) - len(full):
         what = "empty sentences" if len(texts.columns) == 1 else "rows with an empty sentence"
         log.warning("%s: %s %s left out", texts.name, f"{empty:,}", what)
-    first: dict[tuple[str, ...], int] = {}
+    first: dict[tuple[Any, ...], int] = {}
     for i in full:
-        first.setdefault(rows[i], i)
-    if (repeated := len(full) - len(first)) and texts.score is None:
+        first.setdefault((None if texts.domain is None else int(texts.domain[i]), *rows[i]), i)
+    if (repeated := len(full) - len(first)) and texts.score is None and texts.label is None:
         what = "repeated sentences" if len(texts.columns) == 1 else "repeated rows"
         log.warning("%s: %s %s left out (each would be its own negative)", texts.name, f"{repeated:,}", what)
         full = list(first.values())
@@ -425,6 +477,27 @@ def _snli(split: str) -> Texts:
     return Texts(dict(zip(_parts(3), map(list, zip(*rows, strict=True)), strict=True)), name=f"snli/{split}")
 
 
+def _plain_sentences(split: str) -> Texts:
+    """Unpaired sentences to pretrain on, none of them in STS-B's dev and test part.
+
+    Multi30k, Brown, and the training parts of SST-2, MRPC, RTE and CoLA; of SNLI the dev part, since there is no other here.
+    """
+    _only("plain-sentences", split)
+    found = [*_multi30k("train").columns["anchor"], *_brown("train").columns["anchor"]]
+    for folder, file, part, titles in (
+        ("glue", "sst2", "train", ("sentence",)),
+        ("glue", "mrpc", "train", ("sentence1", "sentence2")),
+        ("glue", "rte", "train", ("sentence1", "sentence2")),
+        ("glue", "cola", "in_domain_train", ("sentence",)),
+        ("nli", "snli_dev_test", "dev", ("premise", "hypothesis")),
+    ):
+        table = _known_file(folder, f"{file}.csv.gz", f"split, {', '.join(titles)}")
+        found += [s for title in titles for s, of in zip(table[title], table["split"], strict=True) if of == part]
+    tested = [sentence for part in ("dev", "test") for sentence in sts("stsb", part).sentences()]
+    sentences = [sentence for sentence in dict.fromkeys(found) if sentence.strip()]
+    return without(Texts({"anchor": sentences}, name="plain-sentences"), tested)
+
+
 def _only(name: str, split: str) -> None:
     if split != "train":
         raise InputError(f"{name} has no split {split!r}; it is one set")
@@ -438,6 +511,20 @@ def _scored(name: str) -> Callable[[str], Texts]:
     return lambda split: sts(name, split)
 
 
+def _paired(name: str) -> Callable[[str], Texts]:
+    def load_pairs(split: str) -> Texts:
+        from counterpoint.data import domains  # which needs this module
+
+        return domains.pairs(name, split)
+
+    return load_pairs
+
+
+PAIRS = "-pairs"
+DOMAINS = ("arxiv", "codenn", "multi30k", "mrpc", "sts", "same-statement", "same-topic")
+"""Domains whose pairs have a name: ``arxiv-pairs`` and so on; see `counterpoint.data.domains`."""
+
+
 NAMES: dict[str, Callable[[str], Texts]] = {
     **{name: _scored(name) for name in STS},
     "sts-sentences": _sts_sentences,
@@ -445,6 +532,8 @@ NAMES: dict[str, Callable[[str], Texts]] = {
     "multi30k-without-sts": _multi30k_without_sts,
     "brown": _brown,
     "snli": _snli,
+    "plain-sentences": _plain_sentences,
+    **{name + PAIRS: _paired(name + PAIRS) for name in DOMAINS},
 }
 """Known sets; each takes a split."""
 
@@ -499,8 +588,9 @@ class Sentences:
     """Tokenised sentences in memory: the items of every method that reads text.
 
     A batch holds ``input_ids`` and ``attention_mask`` int64 [B, L] of the anchor, the same with the prefix
-    ``positive_``, ``negative_``, ``negative_2_`` ... for further columns (each with its own L), ``index`` int64 [B], and
-    ``words`` int64 [B, L] (number of the word a token belongs to, -1 for none) if they were asked for.
+    ``positive_``, ``negative_``, ``negative_2_`` ... for further columns (each with its own L), ``index`` int64 [B],
+    ``words`` int64 [B, L] (number of the word a token belongs to, -1 for none) if they were asked for, and ``domain`` int64
+    [B] where the data have domains.
 
     Args:
         ids: token ids by column ("anchor", "positive", "negative" ...).
@@ -508,6 +598,8 @@ class Sentences:
         words: word numbers of the anchor's tokens.
         name: where they come from.
         truncated: sentences that were longer than the limit.
+        domain: int64 [N], of which of the `domains` a row is.
+        domains: their names.
     """
 
     ids: dict[str, Ragged]
@@ -515,6 +607,8 @@ class Sentences:
     words: Ragged | None = None
     name: str = "sentences"
     truncated: int = 0
+    domain: Tensor | None = None
+    domains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids["anchor"].offsets) - 1
@@ -537,17 +631,38 @@ class Sentences:
             batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"] = rows.padded(at, self.pad)
         if self.words is not None:
             batch["words"] = self.words.padded(at, -1)[0]
+        if self.domain is not None:
+            batch["domain"] = self.domain[at]
         return batch
 
     def subset(self, index: Tensor | Sequence[int]) -> Sentences:
         """The rows at `index`, in that order."""
         at = torch.as_tensor(index, dtype=torch.int64, device=self.ids["anchor"].offsets.device)
         words = None if self.words is None else self.words.subset(at)
-        return replace(self, ids={part: rows.subset(at) for part, rows in self.ids.items()}, words=words)
+        domain = None if self.domain is None else self.domain[at]
+        return replace(self, ids={part: rows.subset(at) for part, rows in self.ids.items()}, words=words, domain=domain)
+
+    def in_domains(self, names: Sequence[str]) -> Sentences:
+        """The same rows with their domains numbered as `names` are.
+
+        Raises:
+            InputError: a row of a domain that is not among them.
+        """
+        if self.domain is None:
+            return self
+        if missing := [name for name in self.domains if name not in names]:
+            known = f"{', '.join(names)}" if names else "none"
+            raise InputError(
+                f"{self.name} has the domain {missing[0]}, but the model knows {known}: give "
+                f"--domains '[{', '.join(self.domains)}]'"
+            )
+        number = torch.tensor([names.index(name) for name in self.domains], device=self.domain.device)
+        return replace(self, domain=number[self.domain], domains=tuple(names))
 
     def to(self, device: torch.device | str) -> Sentences:
         words = None if self.words is None else self.words.to(device)
-        return replace(self, ids={part: rows.to(device) for part, rows in self.ids.items()}, words=words)
+        domain = None if self.domain is None else self.domain.to(device)
+        return replace(self, ids={part: rows.to(device) for part, rows in self.ids.items()}, words=words, domain=domain)
 
 
 def tokenise(texts: Texts, tokenizer: Any, max_length: int, *, words: bool = False) -> Sentences:
@@ -593,7 +708,9 @@ def tokenise(texts: Texts, tokenizer: Any, max_length: int, *, words: bool = Fal
     if truncated:
         count = sum(map(len, texts.columns.values()))
         log.warning("%s: %s of %s sentences cut to %d tokens", texts.name, f"{truncated:,}", f"{count:,}", max_length)
-    return Sentences(ids, pad, Ragged.of(numbers) if numbers else None, texts.name, truncated)
+    domain = None if texts.domain is None else torch.from_numpy(np.asarray(texts.domain, np.int64))
+    numbered = Ragged.of(numbers) if numbers else None
+    return Sentences(ids, pad, numbered, texts.name, truncated, domain, texts.domains)
 
 
 def pad_of(tokenizer: Any) -> int:

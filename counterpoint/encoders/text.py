@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
+import string
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -72,23 +73,45 @@ class TextEncoder(nn.Module):
         return Features(pool(out, mask, self.pooling), out.last_hidden_state)
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pooled vectors [B, D] of rows of mixed length, without most of the padding.
+        """Pooled vectors [B, D] of rows of mixed length, without most of the padding: see `by_length`."""
+        return by_length(lambda ids, mask: (self(ids, mask).pooled,), input_ids, attention_mask)[0]
 
-        Rows go through in four groups of like length, each cut to its own longest row; what a row becomes does not depend on
-        its group. A GPU takes short rows all at once, because it waits for kernels rather than for padding.
-        """
-        short = input_ids.shape[1] <= 64 and input_ids.device.type != "cpu"
-        if len(input_ids) < 32 or short:
-            return self(input_ids, attention_mask).pooled
-        lengths = attention_mask.sum(1)
-        order = lengths.argsort(stable=True)
-        groups = [(at, int(lengths[at[-1]])) for at in order.chunk(4)]
-        parts = [self(input_ids[at, :longest], attention_mask[at, :longest]).pooled for at, longest in groups]
-        return torch.cat(parts)[order.argsort()]
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The last layer's tokens [B, L, D] of rows of mixed length, zeros in the padding: see `by_length`."""
+
+        def tokens(ids: Tensor, mask: Tensor) -> tuple[Tensor]:
+            found = self(ids, mask).tokens * mask[..., None]
+            return (nn.functional.pad(found, (0, 0, 0, input_ids.shape[1] - found.shape[1])),)
+
+        return by_length(tokens, input_ids, attention_mask)[0]
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """Pooled vectors [B, D] of a batch of `counterpoint.data.texts.Sentences`."""
         return self(batch["input_ids"], batch["attention_mask"]).pooled
+
+
+def by_length(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, ...]:
+    """What `function` makes of rows of mixed length, without most of the padding.
+
+    Rows go through in four groups of like length, each cut to its own longest row; what a row becomes must not depend on
+    its group. A GPU takes short rows all at once, because it waits for kernels rather than for padding.
+
+    Args:
+        function: takes ids and mask [b, L], returns tensors [b, ...].
+        input_ids: [B, L].
+        attention_mask: [B, L].
+    """
+    short = input_ids.shape[1] <= 64 and input_ids.device.type != "cpu"
+    if len(input_ids) < 32 or short:
+        return function(input_ids, attention_mask)
+    lengths = attention_mask.sum(1)
+    order = lengths.argsort(stable=True)
+    groups = [(at, int(lengths[at[-1]])) for at in order.chunk(4)]
+    parts = [function(input_ids[at, :longest], attention_mask[at, :longest]) for at, longest in groups]
+    back = order.argsort()
+    return tuple(torch.cat(results)[back] for results in zip(*parts, strict=True))
 
 
 def pool(out: Any, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -118,7 +141,7 @@ def text(
             folder inside an installed Python package; "transformer" or "transformer-W-L" (ours: L fresh layers of width
             W that read bytes, 128 and 2 by default); or the configuration of a fresh model as a dictionary for
             ``transformers.AutoConfig.for_model`` (``model_type`` "bert" unless it says another; its ``tokenizer`` entry
-            names a folder or hub model, else it reads bytes).
+            names a folder or hub model, of whose tokens a ``vocabulary`` entry keeps the first so many; else it reads bytes).
         pooling: see `TextEncoder`. None takes what a sentence-transformers folder says, "mean" for a fresh model (whose
             first token says nothing for a long time: it hardly learns with "cls"), and else "cls".
         layers: keep only the first so many layers.
@@ -202,14 +225,45 @@ def byte_tokenizer(max_length: int = 512) -> Any:
     )  # fmt: skip
 
 
+def first_tokens(tokenizer: Any, count: int) -> Any:
+    """A WordPiece tokeniser that knows only the first `count` tokens of another and spells other words in pieces of these.
+
+    BERT's tokens stand in the order of their frequency. A small model on a small machine spends most of its time on the rest.
+
+    Raises:
+        InputError: no WordPiece, more tokens than it has, or so few that its special tokens or its letters are not among them.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    core = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
+    if core["model"].get("type") != "WordPiece":
+        raise InputError("vocabulary cuts the tokens of a WordPiece tokeniser, and this is none: leave it out")
+    vocabulary = core["model"]["vocab"]
+    # all lower-case letters inside a word, without which many a word would be unknown
+    needed = [f"{core['model']['continuing_subword_prefix']}{letter}" for letter in string.ascii_lowercase]
+    least = 1 + max([*tokenizer.all_special_ids, *(vocabulary[piece] for piece in needed if piece in vocabulary)])
+    if not least <= count <= len(vocabulary):
+        raise InputError(
+            f"vocabulary must lie between {least:,} and the {len(vocabulary):,} tokens there are, not {count}"
+        )
+    core["model"]["vocab"] = {token: i for token, i in vocabulary.items() if i < count}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), model_max_length=tokenizer.model_max_length,
+        model_input_names=["input_ids", "attention_mask"], **tokenizer.special_tokens_map,
+    )  # fmt: skip
+
+
 def _fresh(settings: dict[str, Any], tokenizer: Any) -> tuple[Any, Any, str]:
     import transformers
 
     settings = dict(settings)
     kind, title = settings.pop("model_type", "bert"), settings.pop("name", "a fresh model")
-    source = settings.pop("tokenizer", None)
+    source, most = settings.pop("tokenizer", None), settings.pop("vocabulary", None)
     if tokenizer is None and source is not None:
-        tokenizer = _loaded(source, lambda: transformers.AutoTokenizer.from_pretrained(source))
+        place = place_of(source)
+        tokenizer = _loaded(place, lambda: transformers.AutoTokenizer.from_pretrained(place))
+        tokenizer = tokenizer if most is None else first_tokens(tokenizer, most)
     if tokenizer is None:
         tokenizer = byte_tokenizer(settings.get("max_position_embeddings", 512))
     settings = {"vocab_size": len(tokenizer), **settings}

@@ -15,7 +15,7 @@ from counterpoint.atomic import save_arrays
 from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
-from counterpoint.evaluate import dense, image_text, ranking, texts
+from counterpoint.evaluate import dense, image_text, pairs, ranking, texts
 from counterpoint.evaluate.protocols import (
     Result,
     geometry,
@@ -47,8 +47,9 @@ def evaluate(
 ) -> list[Result]:
     """Measure a run by every protocol that fits its data, write ``evaluation.json`` and, of images, the report's gallery.
 
-    Sentences are measured on the STS sets, user histories by the rank of the held-out item, images by their labels, images
-    with captions by retrieval, gap and, where classes have names, zero-shot classification.
+    Sentences are measured on the STS sets, and on labelled pairs where the data hold any; user histories by the rank of the
+    held-out item, images by their labels, images with captions by retrieval, gap and, where classes have names, zero-shot
+    classification.
     Labels, where there are any, serve the protocols only: training has not seen them, unless the method says that it uses
     them. The classifiers of kNN and linear probe are fitted on the training items and scored on held-out ones: the data
     set's own test part, else a stratified fifth of the images (whose pixels, not labels, the training did see; the result
@@ -82,15 +83,24 @@ def evaluate(
         subjects["untrained"] = run.untrained().to(device)
     if (head or any(name.endswith(HEAD) for name in protocols or ())) and trained.family != "images":
         raise InputError(f"protocols after the projection head measure images, and {source} holds none")
+    found: list[Result] = []
+    options: dict[str, Any]
     match trained.family:
         case "sentences":
             encoders: list[tuple[str, Any]] = [(name, method.encode) for name, method in subjects.items()]
             if not trained_only:
                 encoders.append(("bag of words", texts.bag_of_words))
-            found = list(texts.measure(encoders, protocols))
+            asked_pairs = [name for name in protocols or () if name.partition(":")[0] == pairs.PAIR_F1]
+            others = [name for name in protocols or () if name not in asked_pairs]
+            if protocols is None or asked_pairs:
+                unseen = data is not None and not (isinstance(data, str | Path) and _place(data) == config["data"])
+                options = {"own": unseen, "bag": not trained_only}
+                found += pairs.measure(subjects, source, asked_pairs or None, **options)
+            if others or (protocols is None and not (data is not None and found)):
+                found += texts.measure(encoders, others or None)
         case "histories":
             limit = config["fit"]["limit"] if data is None else None
-            options: dict[str, Any] = {"splits": ("test", "valid"), "limit": limit, "seed": config["fit"]["seed"]}
+            options = {"splits": ("test", "valid"), "limit": limit, "seed": config["fit"]["seed"]}
             found = ranking.measure(subjects, source, popularity=not trained_only, **options)
             found = [result for result in found if wanted(result.protocol, protocols)]
         case "pairs":
@@ -166,6 +176,10 @@ def _images(
     if found and gallery:
         _save_gallery(run, shown, trained, origin)
     return found
+
+
+def _place(data: str | Path) -> str:
+    return str(Path(data).expanduser().resolve())
 
 
 def _merge(run: Run, found: list[Result]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from counterpoint.contrast import alignment, uniformity
 from counterpoint.data import texts
+from counterpoint.data.surface import numbered_words, surface_similarity
 from counterpoint.errors import InputError
 from counterpoint.evaluate.protocols import Array, Result, bootstrap
 
@@ -102,7 +103,8 @@ def alignment_uniformity(encode: Encode, *, split: str = "test", subject: str = 
     x, y = (torch.from_numpy(vectors[at[part][alike]]) for part in ("anchor", "positive"))
     near = Result("sts-b-alignment", "alignment", float(alignment(x, y)), None, len(alike), subject)
     spread = float(uniformity(torch.from_numpy(vectors)))
-    return near, Result("sts-b-uniformity", "uniformity", spread, None, len(vectors), subject)
+    detail = {"alignment": near.value}  # neither means much without the other
+    return near, Result("sts-b-uniformity", "uniformity", spread, None, len(vectors), subject, detail)
 
 
 def isotropy_cosine(encode: Encode, sentences: Sequence[str] | None = None, *, subject: str = "") -> Result:
@@ -179,6 +181,42 @@ def length_bias(encode: Encode, *, split: str = "test", subject: str = "") -> Re
     return Result("sts-b-length-bias", "gap", gap, (gap - half, gap + half), len(pairs), subject, detail)
 
 
+def overlap_bias(encode: Encode, *, split: str = "test", subject: str = "") -> Result:
+    r"""How far similarity follows shared words where people do not: protocol `sts-b-overlap-bias`.
+
+    Rank correlation x 100, over the pairs of STS-B, of the cosine and the surface similarity "overlap" (mean of the Jaccard
+    index of the words and of 1 - normalised edit distance over words), given the human score:
+
+    .. math:: \rho_{cw \cdot g} = \frac{\rho_{cw} - \rho_{cg} \rho_{wg}}{\sqrt{(1 - \rho_{cg}^2)(1 - \rho_{wg}^2)}}
+
+    0 is unbiased; above 0, shared words are taken for shared meaning. In the detail, `size` is the absolute value and
+    `difference` the plain rank correlation of (cosine - score / 5) and overlap, which says little: cosines spread less than
+    scores, so the difference falls with the score, and with it with the overlap, for any encoder.
+
+    Source: the bias is that of Miao et al. 2023 (arXiv 2309.07396); the measure is ours.
+    """
+    pairs = texts.sts("stsb", split)
+    assert pairs.score is not None
+    every = torch.arange(len(pairs))
+    words = numbered_words(pairs.columns["anchor"], pairs.columns["positive"])
+    one, other = (rows.padded(every, -1)[0] for rows in words)
+    surface, cosine = surface_similarity(one, other).numpy(), similarity(encode, pairs)
+    random = np.random.default_rng(0)
+    at = random.integers(len(pairs), size=(1000, len(pairs)))
+    low, high = np.percentile(_partial(cosine[at], surface[at], pairs.score[at]), (2.5, 97.5))
+    value = float(_partial(cosine[None], surface[None], pairs.score[None])[0])
+    detail = {"size": abs(value), "difference": spearman(cosine - pairs.score / 5, surface)}
+    return Result(
+        "sts-b-overlap-bias", "partial spearman", value, (float(low), float(high)), len(pairs), subject, detail
+    )
+
+
+def _partial(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Rank correlation x 100 of x and y [B, N] that is left once each one's with `given` is taken away."""
+    xy, xz, yz = (_rank_correlation(np.stack(pair)) / 100 for pair in ((x, y), (x, given), (y, given)))
+    return 100 * (xy - xz * yz) / np.sqrt(np.maximum((1 - xz**2) * (1 - yz**2), 1e-12))
+
+
 def bag_of_words(sentences: Sequence[str], dim: int = 4096) -> np.ndarray:
     """The baseline that learns nothing: counts of hashed words, float32 [N, dim]."""
     vectors = np.zeros((len(sentences), dim), np.float32)
@@ -196,6 +234,7 @@ PROTOCOLS: dict[str, Callable[..., Result | tuple[Result, ...]]] = {
     "isotropy-cosine": isotropy_cosine,
     "isotropy-partition": isotropy_partition,
     "sts-b-length-bias": length_bias,
+    "sts-b-overlap-bias": overlap_bias,
 }
 """Every protocol by its name, as ``f(encode, subject=...)``."""
 

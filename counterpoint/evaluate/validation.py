@@ -7,7 +7,7 @@ import torch
 
 from counterpoint.data import Images, captions
 from counterpoint.errors import InputError
-from counterpoint.evaluate import image_text, ranking, texts
+from counterpoint.evaluate import image_text, pairs, ranking, texts
 from counterpoint.evaluate.protocols import Result, knn
 from counterpoint.train.method import Method
 
@@ -17,7 +17,8 @@ Score = Callable[[Method], Result]
 def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0) -> Score:
     """What ``fit(validate=...)`` looks at, decided by what the method embeds.
 
-    Sentences: Spearman on the dev part of STS-B. Histories: NDCG@20 of each user's second-to-last item among all items.
+    Sentences: Spearman on the dev part of STS-B, or F1max on their own where the data are named pairs. Histories: NDCG@20 of
+    each user's second-to-last item among all items.
     Images with captions: R@1, the mean of both directions, on the validation part.
     Images: kNN accuracy of a fifth of the training images among the others, which needs labels (they choose the
     weights, and train nothing).
@@ -32,6 +33,8 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
     """
     match method.family:
         case "sentences":
+            if pairs.labelled(data, "dev", own=False) is not None:
+                return lambda trained: pairs.score_of(data, trained)
             texts.texts.sts("stsb", "dev")  # say now, not after an epoch, that it is not here
             return lambda trained: texts.sts_b(trained.encode, split="dev")
         case "histories":
@@ -44,7 +47,7 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
 
             return next_item
         case "pairs":
-            return _pairs(method, data)
+            return _retrieval(method, data)
     images = method.read(data, limit=limit, seed=seed, resident=True)
     if not isinstance(images, Images) or images.label is None or len(images.label.unique()) < 2:
         raise InputError(
@@ -60,13 +63,13 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
     return neighbours
 
 
-def _pairs(method: Any, data: Any) -> Score:
+def _retrieval(method: Any, data: Any) -> Score:
     try:
-        pairs = captions.load(data, "valid", size=method.stored_size, channels=method.channels, resident=True)
+        held = captions.load(data, "valid", size=method.stored_size, channels=method.channels, resident=True)
     except InputError as error:
         raise InputError(f"validate needs pairs that training does not see ({error}); leave validate out") from error
     return lambda trained: next(
         result
-        for result in image_text.measure({"trained": trained}, pairs, protocols=["retrieval-mean"])
+        for result in image_text.measure({"trained": trained}, held, protocols=["retrieval-mean"])
         if result.protocol == "retrieval-mean"
     )

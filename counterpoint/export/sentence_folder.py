@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from counterpoint.encoders.experts import ExpertEncoder
 from counterpoint.encoders.text import TextEncoder, quiet
 from counterpoint.errors import InputError
 from counterpoint.export.checks import SENTENCES, largest_difference, tokens
@@ -29,12 +30,17 @@ def save(encoder: TextEncoder, path: str | Path, **about: str) -> float:
         sentence-transformers is not installed.
 
     Raises:
-        InputError: a pooling that no stock module has, a path that is taken, or vectors that differ.
+        InputError: a pooling that no stock module has, experts, a path that is taken, or vectors that differ.
     """
     if encoder.pooling not in MODES:
         raise InputError(
             f'sentence-transformers has no module for "{encoder.pooling}" pooling; export --to safetensors or onnx, or '
             "train with cls or mean"
+        )
+    if isinstance(encoder, ExpertEncoder) and (encoder.layers or encoder.domains):
+        raise InputError(
+            "sentence-transformers has no module for experts and domain tokens; export --to safetensors or onnx, or hand "
+            "encoder.only(DOMAIN), the stock encoder of one domain, to counterpoint.export.sentence_folder.save"
         )
     with replacing(path, description(encoder, **about)) as folder:
         _write(encoder, folder)

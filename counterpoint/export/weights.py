@@ -80,9 +80,10 @@ def load_encoder(path: str | Path) -> nn.Module:
     """An encoder that `export` wrote as safetensors, in evaluation mode.
 
     Images: ``encoder(images).pooled``. Sentences: ``encoder(input_ids, attention_mask).pooled``, with the tokeniser
-    in ``encoder.tokenizer``. Histories: ``encoder(item_seq, item_seq_len).pooled``, with the items' vectors in
-    ``encoder.table`` and their names in ``encoder.catalogue``. Images and texts: ``encoder.image(images)`` and
-    ``encoder.text(input_ids, attention_mask)``, with the tokeniser, and the temperature that the training ended with.
+    in ``encoder.tokenizer``, and where there are domains ``encoder.marked(input_ids, domain)`` for the ids. Histories:
+    ``encoder(item_seq, item_seq_len).pooled``, with the items' vectors in ``encoder.table`` and their names in
+    ``encoder.catalogue``. Images and texts: ``encoder.image(images)`` and ``encoder.text(input_ids, attention_mask)``,
+    with the tokeniser, and the temperature that the training ended with.
 
     Raises:
         InputError: no such file, or not one of ours.
@@ -145,6 +146,15 @@ def _text(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None  # as in every text encoder of ours
     return encoders.TextEncoder(model, tokenizer, about["pooling"], about["max_length"], about["name"])
+
+
+def _experts_about(encoder: Any) -> dict[str, Any]:
+    return {**_text_about(encoder), "conversion": encoder.conversion}
+
+
+def _experts(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    encoder: Any = _text(about, state)
+    return encoders.ExpertEncoder(encoder, **about["conversion"])
 
 
 def _text_files(encoder: Any, folder: Path) -> None:
@@ -224,6 +234,15 @@ def _open_clip(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     return encoder
 
 
+def _answer_experts(encoder: Any) -> Tensor:
+    """Vectors of a few sentences in every domain."""
+    batch = tokens(encoder)
+    if not encoder.domains:
+        return encoder.embed(batch)
+    rows = len(batch["input_ids"])
+    return torch.cat([encoder.embed({**batch, "domain": torch.full((rows,), d)}) for d in range(len(encoder.domains))])
+
+
 def _answer_towers(encoder: Any) -> Tensor:
     text = tokens(encoder)
     return torch.cat([encoder.image(images(encoder)), encoder.text(text["input_ids"], text["attention_mask"])])
@@ -239,6 +258,7 @@ KINDS = {
     "text": Kind(
         (encoders.TextEncoder,), _text_about, _text, lambda encoder: encoder.embed(tokens(encoder)), _text_files
     ),
+    "experts": Kind((encoders.ExpertEncoder,), _experts_about, _experts, _answer_experts, _text_files),
     "sequence": Kind(
         (encoders.SASRecEncoder,), _sequence_about, _sequence, lambda encoder: encoder.embed(histories(encoder))
     ),

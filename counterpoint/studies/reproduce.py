@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from counterpoint import results
+from counterpoint import methods, results
 from counterpoint.errors import InputError, nearest
 from counterpoint.recipes import Experiment, experiment
 from counterpoint.recipes import plain as as_data
@@ -111,7 +111,9 @@ def reproduce(
     for seed in seeds:
         place = folder / f"{START}-seed{seed}"
         if before is not None:
-            run_arm(before, seed, place, protocols=["knn-200-0.1"], trained_only=True)
+            # what is common may have no classifier that the metric asks for
+            asked = "knn-200-0.1" if methods.get(before.method).family == "images" else study.metric
+            run_arm(before, seed, place, protocols=[asked], trained_only=True)
         for name, arm in arms.items():
             if before is not None and START not in arm.model:
                 arm = replace(arm, model={**arm.model, START: str(place)})

@@ -6,16 +6,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from counterpoint.encoders import ImageEncoder
+from counterpoint.encoders import ImageEncoder, TextEncoder
 from counterpoint.errors import InputError
 from counterpoint.train.run import Run
 
+READS: dict[type[nn.Module], str] = {ImageEncoder: "images", TextEncoder: "sentences"}
+"""What each kind of encoder reads, for messages."""
 
-def earlier_encoder(start: str | Path, **wanted: str | int | None) -> ImageEncoder:
-    """The image encoder that an earlier training ended with, on the CPU.
+
+def earlier_encoder(start: str | Path, kind: type[nn.Module] = ImageEncoder, **wanted: str | int | None) -> Any:
+    """The encoder that an earlier training ended with, on the CPU.
 
     Args:
         start: a run folder, a file that ``counterpoint export --to safetensors`` wrote, or a folder that holds it.
+        kind: `ImageEncoder` or `TextEncoder`.
         **wanted: what someone asked for besides (`encoder` by name, `image_size`, `channels`); None asks for nothing.
 
     Raises:
@@ -36,8 +40,8 @@ def earlier_encoder(start: str | Path, **wanted: str | int | None) -> ImageEncod
             raise InputError(f"start is {start}, which is neither a run folder nor an exported encoder")
         else:
             raise InputError(f"start is {start}, but there is no such run or file")
-    if not isinstance(encoder, ImageEncoder):
-        raise InputError(f"start is {start}, which holds a {type(encoder).__name__} and no encoder of images")
+    if not isinstance(encoder, kind):
+        raise InputError(f"start is {start}, which holds a {type(encoder).__name__} and no encoder of {READS[kind]}")
     for name, value in wanted.items():
         found = getattr(encoder, "name" if name == "encoder" else name)
         if value is not None and value != found:
@@ -47,7 +51,24 @@ def earlier_encoder(start: str | Path, **wanted: str | int | None) -> ImageEncod
     return encoder
 
 
-def take_over(encoder: nn.Module, earlier: ImageEncoder) -> None:
+def earlier_method(start: str | Path, kind: type[Any]) -> Any:
+    """The method of an earlier run, with what its training ended with, on the CPU.
+
+    Args:
+        start: a run folder.
+        kind: class that the method must be of.
+
+    Raises:
+        InputError: no run, one without a checkpoint, or one of another method.
+    """
+    with torch.random.fork_rng(devices=[]):  # as in `earlier_encoder`
+        method = Run.open(Path(start).expanduser()).model()
+    if not isinstance(method, kind):
+        raise InputError(f"start is {start}, a run of {type(method).__name__} and none of {kind.__name__}")
+    return method
+
+
+def take_over(encoder: nn.Module, earlier: nn.Module) -> None:
     """Copy the weights of `earlier` into `encoder`.
 
     Raises:
@@ -59,4 +80,4 @@ def take_over(encoder: nn.Module, earlier: ImageEncoder) -> None:
         raise InputError(f"the encoder to start from does not fit: {' '.join(str(error).split())}") from error
     for name in ("mean", "std"):  # no part of a checkpoint, so the run could not know others when it is opened
         if hasattr(encoder, name) and not torch.equal(getattr(encoder, name), getattr(earlier, name)):
-            raise InputError(f"the encoder to start from has another {name} of images than timm gives {earlier.name}")
+            raise InputError(f"the encoder to start from has another {name} of images than timm gives {encoder.name}")

@@ -138,6 +138,32 @@ def delete_words(
     return emit(ids, (mask.bool() & ~_tokens_of(positions, words)).long())
 
 
+def mask_tokens(
+    ids: Tensor,
+    mask: Tensor,
+    special: Tensor,
+    *,
+    rate: float = 0.15,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """bool [B, L]: the tokens of each row that a masked language model has to guess, ``max(1, round(rate * L))`` of them.
+
+    Args:
+        ids: int64 [B, L].
+        mask: int64 or bool [B, L].
+        special: int64 [S], ids that are never chosen (of the tokeniser's special tokens). Rows of no others have none.
+        rate: share of a row's L tokens, special ones counted.
+        generator: source of the draw.
+
+    Source: microsoft/DeBERTa at 4d7fe0b, `mlm_task.py`, with n-grams of 1; it draws one token out of each window of 6.
+    """
+    if not 0 < rate < 1:
+        raise InputError(f"tokens are masked at a rate above 0 and below 1, not {rate}")
+    real = mask.bool()
+    count = (rate * real.sum(1)).round().clamp(min=1)
+    return draw(real & ~torch.isin(ids, special), count, generator)
+
+
 def emit(ids: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """Each token of ids [B, L] as often as `times` [B, L] says, rows closed up; ids and mask as long as the longest row."""
     ends = times.cumsum(1)

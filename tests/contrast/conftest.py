@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterpoint.contrast import softmax
+from counterpoint.contrast import operands
 from counterpoint.contrast.kernels import blocked
 
 EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -29,7 +29,7 @@ def reference() -> ModuleType:
 @pytest.fixture(autouse=True)
 def tiled(monkeypatch):
     """No problem is too small for the tiles here; what small ones do instead has its own tests."""
-    monkeypatch.setattr(softmax, "SMALL", 0)
+    monkeypatch.setattr(operands, "SMALL", 0)
 
 
 @pytest.fixture(params=[(4, 6), (7, 5), (512, 1024)], ids=["tiles-4x6", "tiles-7x5", "one-tile"])

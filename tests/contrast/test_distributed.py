@@ -36,6 +36,13 @@ EXACT = [
     "info_nce, several positives",
     "info_nce, positives as a matrix",
     "info_nce, pairs to ignore",
+    "info_nce, pairs of all processes to ignore",
+    "balanced_info_nce",
+    "balanced_info_nce, pairs to ignore",
+    "relabelled_clip",
+    "relabelled_clip, short vectors",
+    "specified_expert",
+    "load_balancing",
     "info_nce, a temperature per row",
     "sup_con",
     "sup_con, one view with singletons",
@@ -69,6 +76,8 @@ EXACT = [
     "gather alone",
 ]
 WITHOUT_TEMPERATURE = [
+    "specified_expert",
+    "load_balancing",
     "gather alone",
     "spectral_contrastive",
     "barlow_twins",

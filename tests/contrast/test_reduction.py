@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from counterpoint import contrast
-from counterpoint.contrast import Listed, Mask, Same, clip_loss, info_nce, sigmoid_loss, softmax
+from counterpoint.contrast import Listed, Mask, Same, clip_loss, info_nce, operands, sigmoid_loss
 from counterpoint.contrast.kernels import blocked, executor, log_sum_exp, softmax_mean
 from counterpoint.contrast.relation import Transposed, pack, unpack
 from counterpoint.errors import InputError
@@ -98,14 +98,14 @@ def test_small_problems_take_plain_operations_to_the_same_numbers(loss, monkeypa
         raise AssertionError("a small problem went through the tiles")
 
     tiled = result()
-    monkeypatch.setattr(softmax, "SMALL", 100)
+    monkeypatch.setattr(operands, "SMALL", 100)
     monkeypatch.setattr(blocked, "forward", refused)
     monkeypatch.setattr(blocked, "softplus_forward", refused)
     torch.testing.assert_close(result(), tiled)
 
 
 def test_a_chosen_executor_computes_small_problems_too(monkeypatch):
-    monkeypatch.setattr(softmax, "SMALL", 100)
+    monkeypatch.setattr(operands, "SMALL", 100)
     asked = []
     monkeypatch.setattr(blocked, "forward", lambda *a, real=blocked.forward: asked.append(1) or real(*a))
     with executor("blocked"):

@@ -133,6 +133,33 @@ def test_an_encoder_that_sees_only_length_is_found_out():
     assert protocols.length_bias(length_only).value > protocols.length_bias(protocols.bag_of_words).value + 10
 
 
+def test_overlap_bias_is_the_partial_rank_correlation():
+    result = protocols.overlap_bias(encode)
+    pairs = texts.sts("stsb")
+    rows = [*zip(*pairs.columns.values(), strict=True)]
+    x, surface, gold = [], [], stats.rankdata(pairs.score)
+    for a, b in rows:
+        x.append(cosine(a, b))
+        one, other = {*a.split()}, {*b.split()}
+        table = np.add.outer(np.arange(len(a.split()) + 1), np.arange(len(b.split()) + 1))
+        for i, j in itertools.product(range(len(a.split())), range(len(b.split()))):
+            near = table[i, j] + (a.split()[i] != b.split()[j])
+            table[i + 1, j + 1] = min(near, table[i, j + 1] + 1, table[i + 1, j] + 1)
+        edit = 1 - table[-1, -1] / max(len(a.split()), len(b.split()))
+        surface.append((len(one & other) / len(one | other) + edit) / 2)
+    # what is left of the ranks of both after a linear fit to those of the score
+    left = [ranks - np.polyval(np.polyfit(gold, ranks, 1), gold) for ranks in map(stats.rankdata, (x, surface))]
+    assert result.value == pytest.approx(100 * np.corrcoef(*left)[0, 1], abs=0.1)
+    assert result.detail["size"] == abs(result.value) and result.ci[0] < result.value < result.ci[1]
+    difference = stats.spearmanr(np.array(x) - pairs.score / 5, surface).statistic
+    assert result.detail["difference"] == pytest.approx(100 * difference, abs=0.1)
+
+
+def test_an_encoder_that_sees_only_words_is_found_out():
+    assert protocols.overlap_bias(protocols.bag_of_words).value > 60
+    assert protocols.overlap_bias(lambda s: np.ones((len(s), 2))).value == 0
+
+
 def test_bag_of_words_counts_hashed_words():
     x = protocols.bag_of_words(["The dog, the DOG", "dog", "", "?"])
     assert x.shape == (4, 4096) and x.sum(1).tolist() == [4, 1, 0, 0] and x.max() == 2

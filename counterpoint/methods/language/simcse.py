@@ -119,7 +119,7 @@ class SimCSE(Method):
             data = texts.tokenise(anchors, self.encoder.tokenizer, self.encoder.max_length)
         return super().encode(data, batch_size=batch_size)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor | dict[str, Tensor]:
         query, key, *negatives = self.project(*columns(batch))
         return self.contrast(query, key, negatives)
 
@@ -129,14 +129,22 @@ class SimCSE(Method):
         return z.tensor_split(len(sentences))
 
     def contrast(
-        self, query: Tensor, key: Tensor, negatives: Sequence[Tensor] = (), earlier: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Sequence[Tensor] = (),
+        earlier: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """The objective, with hard negatives [B, D] of the batch and keys [K, D] of earlier ones where there are any."""
+        """The objective, with hard negatives [B, D] of the batch and keys [K, D] of earlier ones where there are any.
+
+        `options` are further ones of the objective.
+        """
         # given negatives as further keys, so that they too meet the queries of every process
         pairs = contrast.Pairs.under(self.objective, query, torch.cat([key, *negatives]), negatives=earlier)
         pairs = self.mixing(pairs, self.current_epoch)
         self.watch(query, key, pairs)
-        return self.heads(pairs, self.objective, temperature=self.temperature)
+        return self.heads(pairs, self.objective, temperature=self.temperature, **options)
 
 
 def columns(batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -3,8 +3,15 @@
 from typing import Any
 
 import torch
+from torch.nn.functional import gelu, linear
 
 from counterpoint import contrast
+from counterpoint.contrast import operands, whitening
+from counterpoint.contrast.adversarial import ascended, symmetric_cross_entropy
+from counterpoint.contrast.replaced import replaced, replaced_token_loss
+from counterpoint.contrast.routing import load_balancing, specified_expert
+from counterpoint.encoders.experts import Expert, routed, sentence_logits
+from counterpoint.encoders.perturbed import normalised
 from counterpoint.memory import Queue
 from counterpoint.parity.ops import Inputs, Outputs, op
 from counterpoint.views import text
@@ -47,11 +54,72 @@ def esimcse_repeat_tokens(x: Inputs, p: dict[str, Any]) -> Outputs:
 
 @op("moe-embeddings.clip_loss")
 def moe_embeddings_clip_loss(x: Inputs, p: dict[str, Any]) -> Outputs:
-    a, b, temperature = x["a"], x["b"], x["temperature"]
-    with torch.no_grad():  # targets are constants, and of equal ones the first counts: max says so, argmax does not
-        alike = ((a @ a.T + b @ b.T) / 2 * temperature).softmax(1)
-        there, back = alike.max(1).indices, alike.max(0).indices
-    options = {"temperature": temperature, "normalize": False}
-    one = contrast.info_nce(a, b, positives=there, **options)
-    other = contrast.info_nce(b, a, positives=back, **options)
-    return {"loss": (one + other) / 2}
+    return {"loss": contrast.relabelled_clip(x["a"], x["b"], temperature=x["temperature"], normalize=False)}
+
+
+@op("moe-embeddings.mnr_plus_loss", gradient_of=("mnr_plus",))
+def moe_embeddings_mnr_plus_loss(x: Inputs, p: dict[str, Any]) -> Outputs:
+    a, b, normalize = x["a"], x["b"], p["normalize"]
+    plus = contrast.relabelled_clip(a, b, temperature=1.0, normalize=normalize)
+    return {"mnr_plus": plus, "mnr": contrast.mnr(a, b, scale=1.0, normalize=normalize)}
+
+
+@op("moe-embeddings.sentence_moe", gradient_of=lambda y, x: (y["enforced"] * x["w"]).sum())
+def moe_embeddings_sentence_moe(x: Inputs, p: dict[str, Any]) -> Outputs:
+    def mlp(e: int) -> Expert:
+        return lambda h: linear(gelu(linear(h, x["w_up"][e], x["b_up"][e])), x["w_down"][e], x["b_down"][e])
+
+    experts = [mlp(e) for e in range(p["num_experts"])]
+    logits = sentence_logits(linear(x["x"], x["gate"]))
+    return {
+        "enforced": routed(x["x"], x["assignment"].long(), experts),
+        "router_logits": logits,
+        "switch": routed(x["x"], logits.argmax(1), experts),
+    }
+
+
+@op("moe-embeddings.router_losses", gradient_of=("specified_expert", "load_balancing"))
+def moe_embeddings_router_losses(x: Inputs, p: dict[str, Any]) -> Outputs:
+    logits = x["router_logits"]
+    return {
+        "specified_expert": specified_expert(logits, x["labels"].long()),
+        "load_balancing": load_balancing(logits),
+    }
+
+
+@op("whitenedcse.shuffled_group_whitening", gradient_of=("scalar",))
+def whitenedcse_shuffled_group_whitening(x: Inputs, p: dict[str, Any]) -> Outputs:
+    permutations = torch.stack([x[f"perm{view}"] for view in range(1, p["num_views"] + 1)])
+    y = whitening.shuffled_group_whitening(x["x"], permutations, groups=p["num_groups"])
+    return {"y": y, "scalar": (y * x["w"]).sum()}
+
+
+@op("whitenedcse.multi_positive_loss")
+def whitenedcse_multi_positive_loss(x: Inputs, p: dict[str, Any]) -> Outputs:
+    anchor, *others = x["h"].unbind(1)
+    terms = [contrast.info_nce(anchor, view, temperature=p["temperature"]) for view in others]
+    logits = operands.logit_matrix(contrast.unit(anchor), contrast.unit(others[0]), p["temperature"])
+    return {"loss": torch.stack(terms).sum(), "logits12": logits}
+
+
+@op("vega.symmetric_cross_entropy", gradient_of=("mean",))
+def vega_symmetric_cross_entropy(x: Inputs, p: dict[str, Any]) -> Outputs:
+    return {
+        "per_example": symmetric_cross_entropy(x["logits"], x["target"], reduction="none"),
+        "mean": symmetric_cross_entropy(x["logits"], x["target"]),
+    }
+
+
+@op("vega.sift_update")
+def vega_sift_update(x: Inputs, p: dict[str, Any]) -> Outputs:
+    base = normalised(x["embedding"], eps=p["layer_norm_eps"])
+    delta = ascended(x["delta"], x["grad_delta"], rate=p["learning_rate"])
+    return {"normalized": base, "new_delta": delta, "perturbed": base + delta}
+
+
+@op("vega.rtd_loss")
+def vega_rtd_loss(x: Inputs, p: dict[str, Any]) -> Outputs:
+    ids, labels, mask = x["input_ids"], x["lm_labels"], x["input_mask"]
+    original = labels.where(labels > 0, ids)
+    loss = replaced_token_loss(x["logits"], ids, original, mask)
+    return {"targets": replaced(ids, original)[mask > 0].float(), "loss": p["rtd_lambda"] * loss}
