@@ -306,7 +306,7 @@ def test_other_data_can_be_evaluated(capsys):
         ("metods", 'no command "metods"; did you mean methods?'),
         ("train simclrr --data d.npz", 'no method or recipe named "simclrr"; did you mean simclr?'),
         ("train simclr-fashon", "did you mean simclr-fashion?"),
-        ("train whitenedcse --data d.npz", '"whitenedcse" is planned'),
+        ("train cmim --data d.npz", '"cmim" is planned'),
         ("train simclr", "needs data: --data"),
         ("train simclr --data d.npz --epoch 3", "no option --epoch; did you mean --epochs?"),
         ("train simclr --data d.npz --views.rotat=3", "did you mean --views.rotate?"),

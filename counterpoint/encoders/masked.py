@@ -1,4 +1,4 @@
-"""Masked language models: a text encoder with a head that guesses hidden tokens, and tables of embeddings that two models share."""
+"""Masked language models: a text encoder with a head that guesses hidden tokens, and tables that two models share."""
 
 import inspect
 from typing import Any

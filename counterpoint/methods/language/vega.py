@@ -178,7 +178,7 @@ class Vega(SimCSE):
 
 
 def drawn(log_probabilities: Tensor) -> Tensor:
-    """int64 [M]: a token of each row [M, V], by one number each, where a draw for every token would cost more than the softmax."""
+    """int64 [M]: a token of each row [M, V], by one random number each: one for every token would cost more than the softmax."""
     upto = log_probabilities.exp().cumsum(1)
     place = torch.rand(len(upto), 1, device=upto.device) * upto[:, -1:]
     return torch.searchsorted(upto, place, right=True)[:, 0].clamp(max=upto.shape[1] - 1)
