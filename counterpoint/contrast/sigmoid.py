@@ -56,7 +56,7 @@ def sigmoid_loss(
     scale = divide(image.new_ones(()), temperature)
     positive = (image * text).sum(1) * scale + (bias.reshape(()) if isinstance(bias, Tensor) else bias)
     keys = gather(text)
-    if fits_at_once(image, keys):
+    if fits_at_once(image, keys, gain=16):
         total = functional.softplus(logit_matrix(image, text, temperature) + bias).sum(1)
     else:
         total = softplus_sum(image, keys.rows, scale=scale, bias=bias)

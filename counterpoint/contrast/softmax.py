@@ -103,7 +103,8 @@ def info_nce(
     keys = gather(key) if in_batch and not travel else Gathered(key, 0, 1)
     paired = in_batch and positives is None and negatives is None and hard_negatives is None
     if paired and ignore is None and not (decoupled or travel) and fits_at_once(query, keys):
-        return reduce(_picked(logit_matrix(query, key, temperature), label_smoothing), reduction)
+        logits = logit_matrix(query, key, temperature)
+        return reduce(_picked(logits, own_rows(query, keys), label_smoothing), reduction)
     index, relation = _positives(positives, len(query), keys, len(key))
     logits = _positive_logits(query, keys.rows, index, positives, keys.start, temperature)
 
@@ -173,6 +174,9 @@ def nt_xent(
         InputError: wrong shape or type, or a batch of one (it has no negative).
     """
     query, keys, pair = two_views(z1, z2, temperature, normalize, travel=True)
+    if hard_negatives is None and isinstance(keys, Gathered) and fits_at_once(query, keys, gain=4):
+        logits = logit_matrix(query, query, temperature).fill_diagonal_(-torch.inf)
+        return reduce(_picked(logits, own_rows(query, keys).roll(len(z1))), reduction)
     normaliser = _over_ranks(query, None, keys, temperature, Listed(own_rows(query, keys)))
     normaliser = _and_own(normaliser, query, hard_negatives, temperature, normalize)
     return reduce(normaliser - divide(pair, temperature), reduction)
@@ -369,17 +373,16 @@ def _both_ways(query, key, temperature, hard, ignore, decoupled, label_smoothing
         return (there + back) / 2
     keys = Gathered(key, 0, 1)
     if ignore is None and fits_at_once(query, keys):
-        logits = logit_matrix(query, key, temperature)
-        return reduce((_picked(logits) + _picked(logits.T)) / 2, reduction)
+        logits, own = logit_matrix(query, key, temperature), own_rows(query, keys)
+        return reduce((_picked(logits, own) + _picked(logits.T, own)) / 2, reduction)
     without = _ignored(ignore, Listed(torch.arange(len(query), device=query.device)), False, keys, len(query), len(key))
     row, column = log_sum_exp(query, key, temperature=temperature, without=without, columns=True)
     return reduce((row + column) / 2 - divide((query * key).sum(1), temperature), reduction)
 
 
-def _picked(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy ``[N]`` of row i picking column i."""
-    own = torch.arange(len(logits), device=logits.device)
-    return functional.cross_entropy(logits, own, reduction="none", label_smoothing=label_smoothing)
+def _picked(logits: Tensor, column: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy ``[N]`` of row i picking ``column[i]``."""
+    return functional.cross_entropy(logits, column, reduction="none", label_smoothing=label_smoothing)
 
 
 def _own_logits(query: Tensor, hard: Tensor, temperature: Temperature, normalize: bool) -> Tensor:

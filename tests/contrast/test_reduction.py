@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from counterpoint import contrast
-from counterpoint.contrast import Listed, Mask, Same, clip_loss, info_nce, operands, sigmoid_loss
+from counterpoint.contrast import Listed, Mask, Same, clip_loss, info_nce, nt_xent, operands, sigmoid_loss
 from counterpoint.contrast.kernels import blocked, executor, log_sum_exp, softmax_mean
 from counterpoint.contrast.relation import Transposed, pack, unpack
 from counterpoint.errors import InputError
@@ -83,7 +83,7 @@ def test_only_small_batches_keep_and_only_for_a_backward_pass():
 # What small problems do instead of tiles
 
 
-@pytest.mark.parametrize("loss", [info_nce, clip_loss, sigmoid_loss, "smoothed"])
+@pytest.mark.parametrize("loss", [info_nce, nt_xent, clip_loss, sigmoid_loss, "smoothed"])
 def test_small_problems_take_plain_operations_to_the_same_numbers(loss, monkeypatch):
     query, key = data(7, 5).requires_grad_(), data(7, 5, seed=1).requires_grad_()
     temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
@@ -92,13 +92,13 @@ def test_small_problems_take_plain_operations_to_the_same_numbers(loss, monkeypa
         smoothed = {"label_smoothing": 0.2} if loss == "smoothed" else {}
         function = info_nce if loss == "smoothed" else loss
         found = function(query, key, temperature=temperature, reduction="none", **smoothed)
-        return found, torch.autograd.grad((found * data(7, seed=2)).sum(), [query, key, temperature])
+        return found, torch.autograd.grad((found * data(len(found), seed=2)).sum(), [query, key, temperature])
 
     def refused(*arguments, **named):
         raise AssertionError("a small problem went through the tiles")
 
     tiled = result()
-    monkeypatch.setattr(operands, "SMALL", 100)
+    monkeypatch.setattr(operands, "SMALL", 1000)
     monkeypatch.setattr(blocked, "forward", refused)
     monkeypatch.setattr(blocked, "softplus_forward", refused)
     torch.testing.assert_close(result(), tiled)

@@ -2,8 +2,11 @@
 
 The backward pass recomputes each tile, since ``d row_i / d l_ij = exp(l_ij - row_i)`` needs only the result. When the
 keys are the queries, each unordered pair of tiles is visited once and serves as a row tile and as a column tile.
+
+Inside, logits are counted in bits (times log2 e): `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +17,8 @@ from counterpoint.contrast.relation import Relation
 
 TILE = {"cpu": (512, 1024), "cuda": (4096, 8192)}  # rows, columns; a CPU tile lies in the second-level caches
 KEPT = 2**22  # so many terms are kept for the backward pass (16 MB): a small batch then computes them once
+PRODUCT = 10.0  # the product of eight terms up to exp(10) is a float32
+BITS, NATS = 1 / math.log(2), math.log(2)
 SAFE = 50.0  # logits up to this size need no shift: exp(50) times a billion is a float32, and so is its inverse
 
 
@@ -50,18 +55,16 @@ def forward(
         logits = tile.logits(rows, cols)
         below = None if triangle and rows == cols else column
         if tile.plain:
-            terms = logits.exp_()
+            terms = logits.exp2_()
             row[rows] += terms.sum(1)
             if below is not None:
                 below[cols] += terms.sum(0)
         else:
-            row[rows] = torch.logaddexp(row[rows], logits.logsumexp(1))
+            row[rows] = torch.logaddexp2(row[rows], _log_sum(logits, 1))
             if below is not None:
-                below[cols] = torch.logaddexp(below[cols], logits.logsumexp(0))
-    if tile.plain:
-        row.log_()
-        if column is not None and not triangle:
-            column.log_()
+                below[cols] = torch.logaddexp2(below[cols], _log_sum(logits, 0))
+    for result in (row,) if column is None or triangle else (row, column):
+        result.log_() if tile.plain else result.mul_(NATS)
     return row, None if triangle else column, kept
 
 
@@ -124,8 +127,15 @@ def _tiles(n: int, m: int, device: torch.device, triangle: bool = False) -> Iter
             yield slice(top, min(top + height, n)), slice(left, min(left + width, m))
 
 
+def _log_sum(logits: Tensor, dim: int) -> Tensor:
+    """``log2 sum 2^logits``, -inf where every term is; the logits stay as they are."""
+    largest = logits.amax(dim, keepdim=True)
+    largest.masked_fill_(largest == -torch.inf, 0)
+    return (logits - largest).exp2_().sum(dim).log2_().add_(largest.squeeze(dim))
+
+
 class _Share:
-    """What turns exp(logits) into the gradient of the logits: ``gradient * exp(-result)``, nothing where the sum was empty.
+    """What turns 2^logits into the gradient of the logits: ``gradient * exp(-result)``, nothing where the sum was empty.
 
     With a shift (`plain` is False) the two stay apart, so that the exponent is never large.
     """
@@ -135,21 +145,26 @@ class _Share:
         if tile.without is not None or tile.log_weight is not None:
             empty = result == -torch.inf
             result, gradient = result.masked_fill(empty, 0), gradient.masked_fill(empty, 0)
-        self.result, self.gradient = result, gradient
+        self.result, self.gradient = result * BITS, gradient
         self.factor = gradient * (-result).exp() if tile.plain else gradient
 
 
 class _Tiles:
-    """The tiles of a similarity matrix: which there are, and their logits."""
+    """The tiles of a similarity matrix: which there are, and their logits in bits (or in another `unit`)."""
 
-    def __init__(self, query, other, scale, log_weight, without, triangle):
-        self.query, self.other, self.scale = query, other, scale
-        self.log_weight, self.without, self.triangle = log_weight, without, triangle
+    def __init__(self, query, other, scale, log_weight, without, triangle, unit=BITS):
+        self.query, self.other = query, other
+        self.log_weight = None if log_weight is None else log_weight * unit
+        self.without, self.triangle = without, triangle
         self.plain = self.on_cpu = query.device.type == "cpu"  # elsewhere to ask would make the device wait
         if self.on_cpu:
-            self.scale = float(scale)
-            largest = self.scale * float(query.norm(dim=1).amax() * other.norm(dim=1).amax())
-            self.plain = log_weight is None and largest < SAFE
+            factor = float(scale)
+            self.scale: float | Tensor = factor * unit
+            longest = query.norm(dim=1).amax()
+            self.largest = factor * float(longest * (longest if other is query else other.norm(dim=1).amax()))
+            self.plain = log_weight is None and self.largest < SAFE
+        else:
+            self.scale = scale * unit
         height, width = _tile(query.device, triangle)
         self.buffer = query.new_empty(min(height, len(query)) * min(width, len(other)))
         self.kept: Tensor | None = None
@@ -190,13 +205,13 @@ class _Tiles:
         if self.plain:
             both = across.factor[rows, None] if down is None else across.factor[rows, None] + down.factor[cols]
             if self.kept is None:
-                return self.logits(rows, cols).exp_().mul_(both)
+                return self.logits(rows, cols).exp2_().mul_(both)
             return torch.mul(self.place(rows, cols, self.kept), both, out=self.place(rows, cols, None))
         logits = self.logits(rows, cols)
         if down is None:
-            return logits.sub_(across.result[rows, None]).exp_().mul_(across.gradient[rows, None])
-        weight = (logits - across.result[rows, None]).exp_().mul_(across.gradient[rows, None])
-        return weight.add_(logits.sub_(down.result[cols]).exp_().mul_(down.gradient[cols]))
+            return logits.sub_(across.result[rows, None]).exp2_().mul_(across.gradient[rows, None])
+        weight = (logits - across.result[rows, None]).exp2_().mul_(across.gradient[rows, None])
+        return weight.add_(logits.sub_(down.result[cols]).exp2_().mul_(down.gradient[cols]))
 
 
 def mean_forward(
@@ -207,13 +222,12 @@ def mean_forward(
     row, mean = query.new_full((len(query),), -torch.inf), query.new_zeros(len(query))
     for rows, cols in tile:
         logits = tile.logits(rows, cols)
-        inside = logits.logsumexp(1)
-        merged = torch.logaddexp(row[rows], inside)
+        merged = torch.logaddexp2(row[rows], _log_sum(logits, 1))
         shift = merged.masked_fill(merged == -torch.inf, 0)
-        terms = (logits - shift[:, None]).exp_().mul_(logits.masked_fill_(logits == -torch.inf, 0))
-        mean[rows] = mean[rows] * (row[rows] - shift).exp() + terms.sum(1)
+        terms = (logits - shift[:, None]).exp2_().mul_(logits.masked_fill_(logits == -torch.inf, 0))
+        mean[rows] = mean[rows] * (row[rows] - shift).exp2() + terms.sum(1)
         row[rows] = merged
-    return row, mean
+    return row.mul_(NATS), mean.mul_(NATS)
 
 
 def mean_backward(
@@ -232,12 +246,12 @@ def mean_backward(
     weight_gradient = None if log_weight is None else torch.zeros_like(log_weight)
     tile = _Tiles(query, key, scale, log_weight, without, False)
     empty = row == -torch.inf
-    shift = row.masked_fill(empty, 0)
+    shift = row.masked_fill(empty, 0) * BITS
     constant = (row_gradient + mean_gradient * (1 - mean)).masked_fill(empty, 0)
-    slope = mean_gradient.masked_fill(empty, 0)
+    slope = mean_gradient.masked_fill(empty, 0) * NATS  # of logits in bits
     for rows, cols in tile:
         logits = tile.logits(rows, cols)
-        weight = (logits - shift[rows, None]).exp_()
+        weight = (logits - shift[rows, None]).exp2_()
         logits.masked_fill_(logits == -torch.inf, 0)
         weight.mul_(logits.mul_(slope[rows, None]).add_(constant[rows, None]))
         query_gradient[rows].addmm_(weight, key[cols])
@@ -251,10 +265,37 @@ def mean_backward(
 def softplus_forward(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """``out_i = sum_j log(1 + exp(scale <q_i, k_j> + bias))``, ``[N]``."""
     total = query.new_zeros(len(query))
-    tile = _Tiles(query, key, scale, None, None, False)
+    tile = _Tiles(query, key, scale, None, None, False, unit=BITS if query.device.type == "cpu" else 1.0)
+    if not tile.on_cpu:
+        for rows, cols in tile:
+            total[rows] += functional.softplus(tile.logits(rows, cols).add_(bias)).sum(1)
+        return total
+    small = tile.largest + float(bias) < PRODUCT
     for rows, cols in tile:
-        total[rows] += functional.softplus(tile.logits(rows, cols).add_(bias)).sum(1)
+        logits = tile.logits(rows, cols).add_(float(bias) * BITS)
+        if not small:  # softplus(l) = max(l, 0) + softplus(-|l|)
+            total[rows] += logits.clamp(min=0).sum(1).mul_(NATS)
+            logits.abs_().neg_()
+        total[rows] += _log_product(logits.exp2_())
     return total
+
+
+def _log_product(terms: Tensor) -> Tensor:
+    """``sum_j log(1 + t_ij)`` of positive terms, which are overwritten: a logarithm for every eight of them.
+
+    ``(1 + a)(1 + b) - 1 = a + b + ab`` loses nothing where terms are tiny, unlike a product of ``1 + t``.
+    """
+    width = terms.shape[1] // 8 * 8
+    rest = terms[:, width:].log1p().sum(1)
+    for _ in range(3):
+        width //= 2
+        first, second = terms[:, :width], terms[:, width : 2 * width]
+        first.addcmul_(first, second).add_(second)
+    product = terms[:, :width]
+    above = product + 1
+    exact = above - 1  # what is left of the product in `above`; the logarithm of the whole is larger in proportion
+    logarithm = above.log_().mul_(product).div_(exact)
+    return rest.add_(torch.where(exact == 0, product, logarithm).sum(1))
 
 
 def softplus_backward(
@@ -263,9 +304,10 @@ def softplus_backward(
     """Gradients of query, key, scale and bias from that of the row sums."""
     query_gradient, key_gradient = torch.zeros_like(query), torch.zeros_like(key)
     bias_gradient = torch.zeros_like(bias)
-    tile = _Tiles(query, key, scale, None, None, False)
+    tile = _Tiles(query, key, scale, None, None, False, unit=1.0)
+    offset = float(bias) if tile.on_cpu else bias
     for rows, cols in tile:
-        weight = tile.logits(rows, cols).add_(bias).sigmoid_().mul_(gradient[rows, None])
+        weight = tile.logits(rows, cols).add_(offset).sigmoid_().mul_(gradient[rows, None])
         query_gradient[rows].addmm_(weight, key[cols])
         key_gradient[cols].addmm_(weight.T, query[rows])
         bias_gradient += weight.sum()

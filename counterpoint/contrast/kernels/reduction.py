@@ -158,7 +158,10 @@ def softplus_sum(query: Tensor, key: Tensor, *, scale: float | Tensor = 1.0, bia
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     scale, bias = (torch.as_tensor(value, dtype=dtype, device=query.device).reshape(()) for value in (scale, bias))
-    return _softplus_sum(query, key, scale, bias, *which(query, key, None, False))
+    how = which(query, key, None, False)
+    if torch.compiler.is_compiling():
+        return _softplus_sum(query, key, scale, bias, *how)
+    return _SoftplusSum.apply(query, key, scale, bias, *how)
 
 
 def check(query: Tensor, key: Tensor | None, temperature: float | Tensor, log_weight: Tensor | None) -> None:
@@ -385,12 +388,37 @@ def _gradients(ctx, row_gradient, column_gradient, _):
 _log_sum_exp.register_autograd(_gradients, setup_context=_remember)
 
 
-@torch.library.custom_op("counterpoint::softplus_sum", mutates_args=())
-def _softplus_sum(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, executor: str, precision: str) -> Tensor:
+def softplus_forward(query, key, scale, bias, executor, precision) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         if executor == "triton":
             return _gpu().softplus_forward(_narrow(query, precision), _narrow(key, precision), scale, bias)
         return blocked.softplus_forward(query, key, scale, bias)
+
+
+def softplus_backward(query, key, scale, bias, gradient, executor, precision) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        if executor == "triton":
+            q, k = _narrow(query, precision), _narrow(key, precision)
+            return _gpu().softplus_backward(q, k, scale, bias, gradient, dtype=query.dtype)
+        return blocked.softplus_backward(query, key, scale, bias, gradient)
+
+
+class _SoftplusSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, scale, bias, *how):
+        ctx.save_for_backward(query, key, scale, bias)
+        ctx.how = how
+        return softplus_forward(query, key, scale, bias, *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return *softplus_backward(*ctx.saved_tensors, gradient, *ctx.how), *[None] * len(ctx.how)
+
+
+@torch.library.custom_op("counterpoint::softplus_sum", mutates_args=())
+def _softplus_sum(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, executor: str, precision: str) -> Tensor:
+    return softplus_forward(query, key, scale, bias, executor, precision)
 
 
 @_softplus_sum.register_fake
@@ -402,11 +430,7 @@ def _(query, key, scale, bias, executor, precision):
 def _softplus_sum_backward(
     query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, gradient: Tensor, executor: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        if executor == "triton":
-            q, k = _narrow(query, precision), _narrow(key, precision)
-            return _gpu().softplus_backward(q, k, scale, bias, gradient, dtype=query.dtype)
-        return blocked.softplus_backward(query, key, scale, bias, gradient)
+    return softplus_backward(query, key, scale, bias, gradient, executor, precision)
 
 
 @_softplus_sum_backward.register_fake
