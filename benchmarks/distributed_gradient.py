@@ -63,12 +63,12 @@ def alike_everywhere(s: Shard) -> Tensor:
     return s.labels[:, None] == gather_plain(s.labels).rows
 
 
-def by_ring(loss: Callable[..., Tensor]) -> Callable[[Shard], Tensor]:
+def by_ring(loss: Callable[[Shard], Tensor]) -> Callable[[Shard], Tensor]:
     """The loss while key blocks travel from process to process."""
 
     def travelling(s: Shard) -> Tensor:
         with exchange("ring"):
-            return loss(s.z1, s.z2, temperature=s.temperature)
+            return loss(s)
 
     return travelling
 
@@ -207,17 +207,6 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
     "clip_loss, equal captions ignored": lambda s: contrast.clip_loss(
         s.z1, s.z2, temperature=s.temperature, ignore=contrast.Same(s.labels, s.labels)
     ),
-    **{
-        f"{name}, by ring": by_ring(loss)
-        for name, loss in {
-            "nt_xent": contrast.nt_xent,
-            "dcl": contrast.dcl,
-            "dcl, one way": partial(contrast.dcl, one_way=True),
-            "dclw": contrast.dclw,
-            "info_nce": contrast.info_nce,
-            "clip_loss": contrast.clip_loss,
-        }.items()
-    },
     "barlow_twins": lambda s: contrast.barlow_twins(s.z1, s.z2, weight=0.3),
     "adaptive_contrast, five heads": adaptive_heads,
     "swapped_prediction": swapped,
@@ -229,6 +218,8 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
     "control: own negatives only": local_negatives,
     "control: gradient of others dropped": gradient_dropped,
 }
+TRAVELLING = [name for name in OBJECTIVES if name.partition(",")[0] in contrast.distributed.TRAVELLING]
+OBJECTIVES |= {f"{name}, by ring": by_ring(OBJECTIVES[name]) for name in TRAVELLING}
 
 
 class Learned(NamedTuple):

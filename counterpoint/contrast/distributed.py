@@ -24,13 +24,22 @@ class Gathered(NamedTuple):
     start: int
     ranks: int
 
+    @property
+    def total(self) -> int:
+        """How many rows all ranks have."""
+        return len(self.rows)
+
 
 class Placed(NamedTuple):
-    """Where this rank's rows start among those of all ranks, and how many there are, without anyone holding them."""
+    """As `Gathered`, without anyone holding the rows of all."""
 
     start: int
     total: int
+    ranks: int
 
+
+TRAVELLING = ("info_nce", "nt_xent", "dcl", "dclw", "sup_con", "clip_loss", "sigmoid_loss")
+"""Objectives whose keys can travel from process to process, with all their options."""
 
 _exchange: ContextVar[str] = ContextVar("exchange", default="gather")
 
@@ -41,8 +50,8 @@ def exchange(how: Literal["gather", "ring"]) -> Iterator[None]:
 
     "gather" gives every rank a copy of all keys: one exchange, and the usual choice. "ring" lets key blocks travel from rank
     to rank (`counterpoint.contrast.kernels.ring`), so that no rank ever holds more than a few blocks of its own size: for
-    batches whose keys would not fit, and with half the arithmetic where the keys are the queries. Losses with listed
-    positives, ignored pairs, label smoothing or class sums gather in either case.
+    batches whose keys would not fit, and with half the arithmetic where the keys are the queries. It serves the objectives in
+    `TRAVELLING`, with all their options; others gather in either case.
 
     Raises:
         InputError: neither of the two.
@@ -64,7 +73,7 @@ def by_ring() -> bool:
 def place(local: Tensor) -> Placed:
     """Where the rows of `local` stand among those of all ranks; one small all-reduce."""
     sizes = _sizes(len(local), local.device) if world_size() > 1 else [len(local)]
-    return Placed(sum(sizes[: rank()]), sum(sizes))
+    return Placed(sum(sizes[: rank()]), sum(sizes), len(sizes))
 
 
 def world_size() -> int:

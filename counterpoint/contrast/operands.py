@@ -79,7 +79,7 @@ def two_views(z1, z2, temperature, normalize, travel: bool = False) -> tuple[Ten
     z1, z2 = (unit(z1), unit(z2)) if normalize else (wide(z1), wide(z2))
     query = torch.cat([z1, z2])
     keys = place(query) if travel and by_ring() else gather(query)
-    if (keys.total if isinstance(keys, Placed) else len(keys.rows)) < 4:
+    if keys.total < 4:
         raise InputError("a batch of one item has no negatives: use a batch of at least 2")
     return query, keys, (z1 * z2).sum(1).repeat(2)
 
@@ -88,13 +88,13 @@ def own_rows(query: Tensor, keys: Gathered | Placed) -> Tensor:
     return torch.arange(keys.start, keys.start + len(query), device=query.device)
 
 
-def fits_at_once(query: Tensor, keys: Gathered, gain: int = 1) -> bool:
+def fits_at_once(query: Tensor, keys: Gathered | Placed, gain: int = 1) -> bool:
     """Whether all similarities may be held at once, which is fastest for few of them and means the same.
 
     `gain` says how many times less the tiles cost where they are better than the plain operations for other reasons too.
     """
     here = keys.ranks == 1 and query.device.type == "cpu" and automatic()
-    return here and len(query) * len(keys.rows) * gain <= SMALL
+    return here and len(query) * keys.total * gain <= SMALL
 
 
 def logit_matrix(query: Tensor, key: Tensor, temperature: Temperature) -> Tensor:

@@ -3,8 +3,8 @@
 from torch import Tensor
 from torch.nn import functional
 
-from counterpoint.contrast.distributed import gather
-from counterpoint.contrast.kernels import softplus_sum
+from counterpoint.contrast.distributed import by_ring, gather
+from counterpoint.contrast.kernels import ring, softplus_sum
 from counterpoint.contrast.operands import (
     check_matrix,
     check_temperature,
@@ -55,6 +55,8 @@ def sigmoid_loss(
     image, text = (unit(image), unit(text)) if normalize else (wide(image), wide(text))
     scale = divide(image.new_ones(()), temperature)
     positive = (image * text).sum(1) * scale + (bias.reshape(()) if isinstance(bias, Tensor) else bias)
+    if by_ring():
+        return reduce(ring.softplus_sum(image, text, scale=scale, bias=bias) - positive, reduction)
     keys = gather(text)
     if fits_at_once(image, keys, gain=16):
         total = functional.softplus(logit_matrix(image, text, temperature) + bias).sum(1)

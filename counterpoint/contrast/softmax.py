@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from counterpoint.contrast.distributed import Gathered, Placed, by_ring, gather, gather_plain, world_size
+from counterpoint.contrast.distributed import (
+    Gathered,
+    Placed,
+    by_ring,
+    gather,
+    gather_plain,
+    place,
+    sum_over_ranks,
+    world_size,
+)
 from counterpoint.contrast.kernels import log_sum_exp, ring
 from counterpoint.contrast.operands import (
     Temperature,
@@ -99,24 +108,23 @@ def info_nce(
         check_matrix(negatives, "negatives")
         check_dimensions(negatives, "negatives", query)
         negatives = ready(negatives)
-    travel = in_batch and by_ring() and positives is None and ignore is None and not (label_smoothing or decoupled)
-    keys = gather(key) if in_batch and not travel else Gathered(key, 0, 1)
+    keys = (place(key) if by_ring() else gather(key)) if in_batch else Gathered(key, 0, 1)
     paired = in_batch and positives is None and negatives is None and hard_negatives is None
-    if paired and ignore is None and not (decoupled or travel) and fits_at_once(query, keys):
+    if paired and ignore is None and not decoupled and fits_at_once(query, keys):
         logits = logit_matrix(query, key, temperature)
         return reduce(_picked(logits, own_rows(query, keys), label_smoothing), reduction)
-    index, relation = _positives(positives, len(query), keys, len(key))
-    logits = _positive_logits(query, keys.rows, index, positives, keys.start, temperature)
+    index, relation = _positives(positives, len(query), keys, key)
+    logits = _positive_logits(query, key, index, positives, temperature)
 
     parts: list[Tensor] = []
     count: int | Tensor = 0
     mean_logit: float | Tensor = 0.0
     if in_batch:
-        without = _ignored(ignore, relation, decoupled, keys, len(query), len(key))
-        executor = ring.log_sum_exp if travel else log_sum_exp
-        parts.append(executor(query, keys.rows, temperature=temperature, without=without))
+        without = _ignored(ignore, relation, decoupled, keys, query, key)
+        parts.append(_over_ranks(query, key, keys, temperature, without))
         if label_smoothing:
-            count, mean_logit = _add_candidates(count, mean_logit, query, keys.rows, temperature)
+            whole = sum_over_ranks(key.sum(0))
+            count, mean_logit = _add_candidates(count, mean_logit, query, whole, keys.total, temperature)
     elif not decoupled:
         parts.append(logits.logsumexp(1))
         if label_smoothing:
@@ -125,7 +133,7 @@ def info_nce(
     if negatives is not None:
         parts.append(log_sum_exp(query, negatives, temperature=temperature))
         if label_smoothing:
-            count, mean_logit = _add_candidates(count, mean_logit, query, negatives, temperature)
+            count, mean_logit = _add_candidates(count, mean_logit, query, negatives.sum(0), len(negatives), temperature)
     if hard_negatives is not None:
         hard = _own_logits(query, hard_negatives, temperature, normalize)
         parts.append(hard.logsumexp(1))
@@ -133,7 +141,7 @@ def info_nce(
             count, mean_logit = count + hard.shape[1], mean_logit + hard.sum(1)
     if not parts:
         raise InputError("no negatives: in_batch=False and decoupled=True leave nothing in the denominator")
-    if decoupled and negatives is None and hard_negatives is None and keys.rows.shape[0] < 2:
+    if decoupled and negatives is None and hard_negatives is None and keys.total < 2:
         raise InputError("decoupled contrast of one pair has no negatives: use a batch of at least 2")
     normaliser = torch.stack(parts).logsumexp(0) if len(parts) > 1 else parts[0]
     if decoupled and (positives is not None or ignore is not None) and bool(normaliser.isneginf().any()):
@@ -283,18 +291,18 @@ def sup_con(
     check_matrix(features, "features")
     check_temperature(temperature, 1)
     x = unit(features) if normalize else wide(features)
-    keys, everyone = gather(x), gather_plain(labels).rows
+    keys, everyone = place(x) if by_ring() else gather(x), gather_plain(labels).rows
     own = own_rows(x, keys)
-    normaliser = log_sum_exp(x, _other(x, keys), temperature=temperature, without=Listed(own))
-    _, group = torch.unique(everyone, return_inverse=True)
+    normaliser = _over_ranks(x, None, keys, temperature, Listed(own))
+    classes, group = torch.unique(everyone, return_inverse=True)
     mine = group[keys.start : keys.start + len(x)]
     positives = torch.bincount(group, minlength=len(everyone))[mine] - 1
     if mean == "outside":
-        sums = x.new_zeros(len(everyone), x.shape[1]).index_add(0, group, keys.rows)
+        sums = sum_over_ranks(x.new_zeros(len(classes), x.shape[1]).index_add(0, mine, x))
         attraction = divide((x * (sums[mine] - x)).sum(1) / positives.clamp(min=1), temperature)
     else:
         apart = ~Same(mine, group) | Listed(own)
-        attraction = log_sum_exp(x, _other(x, keys), temperature=temperature, without=apart)
+        attraction = _over_ranks(x, None, keys, temperature, apart)
         if mean == "inside":
             attraction = attraction - positives.clamp(min=1).to(x.dtype).log()
     return reduce(torch.where(positives > 0, normaliser - attraction, 0.0), reduction, positives > 0)
@@ -375,7 +383,7 @@ def _both_ways(query, key, temperature, hard, ignore, decoupled, label_smoothing
     if ignore is None and fits_at_once(query, keys):
         logits, own = logit_matrix(query, key, temperature), own_rows(query, keys)
         return reduce((_picked(logits, own) + _picked(logits.T, own)) / 2, reduction)
-    without = _ignored(ignore, Listed(torch.arange(len(query), device=query.device)), False, keys, len(query), len(key))
+    without = _ignored(ignore, Listed(own_rows(query, keys)), False, keys, query, key)
     row, column = log_sum_exp(query, key, temperature=temperature, without=without, columns=True)
     return reduce((row + column) / 2 - divide((query * key).sum(1), temperature), reduction)
 
@@ -411,67 +419,63 @@ def _over_ranks(
     return log_sum_exp(query, other, temperature=temperature, without=without)
 
 
-def _other(query: Tensor, keys: Gathered) -> Tensor | None:
-    """None, the kernel's word for "the queries themselves", where one process holds all rows."""
-    return keys.rows if keys.ranks > 1 else None
-
-
 def _dclw_weight(similarity: Tensor, sigma: float, detach: bool) -> Tensor:
     everyone = gather(similarity).rows
     weight = 2 - torch.exp(similarity / sigma - (everyone / sigma).logsumexp(0)) * len(everyone)
     return weight.detach() if detach else weight
 
 
-def _positives(positives, n, keys: Gathered, local: int) -> tuple[Tensor | None, Relation]:
-    """Positives as key rows of all ranks ``[N, P]`` (None when a mask lists them) and as a relation."""
-    device = keys.rows.device
+def _positives(positives, n: int, keys: Gathered | Placed, key: Tensor) -> tuple[Tensor | None, Relation]:
+    """Positives as rows of `key` ``[N, P]`` (None when a mask lists them), and as a relation to the keys of all ranks."""
+    device, local = key.device, len(key)
     if positives is None:
-        index = torch.arange(keys.start, keys.start + n, device=device)[:, None]
-        return index, Listed(index)
+        own = torch.arange(n, device=device)[:, None]
+        return own, Listed(own + keys.start)
     if positives.dtype == torch.bool:
         if positives.shape != (n, local):
             raise InputError(f"positives must mark queries x keys, [{n}, {local}], not {list(positives.shape)}")
         if not bool(positives.any(1).all()):
             raise InputError("positives leaves a query without any positive key")
-        wide = torch.zeros(n, len(keys.rows), dtype=torch.bool, device=device)
-        wide[:, keys.start : keys.start + local] = positives
-        return None, Mask(wide)
+        return None, Mask(_among_all(positives, keys))
     index = positives[:, None] if positives.ndim == 1 else positives
     if index.is_floating_point() or index.ndim != 2 or len(index) != n:
         raise InputError(f"positives must be int64 [{n}], int64 [{n}, P] or bool [{n}, {local}]")
     if bool((index >= local).any()) or not bool((index >= 0).any(1).all()):
         raise InputError(f"positives must list, for every query, at least one key row below {local}")
-    index = torch.where(index < 0, -1, index + keys.start)
-    return index, Listed(index)
+    return index, Listed(torch.where(index < 0, -1, index + keys.start))
 
 
-def _positive_logits(query, keys, index, positives, start, temperature) -> Tensor:
+def _among_all(marks: Tensor, keys: Gathered | Placed) -> Tensor:
+    """Marks of this rank's keys ``[N, M]`` as columns among those of all ranks."""
+    wide = torch.zeros(len(marks), keys.total, dtype=torch.bool, device=marks.device)
+    wide[:, keys.start : keys.start + marks.shape[1]] = marks
+    return wide
+
+
+def _positive_logits(query, key, index, positives, temperature) -> Tensor:
     """Logits of the positives ``[N, P]``, -inf where padded."""
     if index is None:
-        wide = divide(einsum("nd,md->nm", query, keys[start : start + positives.shape[1]]), temperature)
-        return wide.masked_fill(~positives, -torch.inf)
+        return divide(einsum("nd,md->nm", query, key), temperature).masked_fill(~positives, -torch.inf)
     if positives is None:
-        chosen = (query * keys[start : start + len(query)]).sum(1, keepdim=True)
-        return divide(chosen, temperature)
+        return divide((query * key[: len(query)]).sum(1, keepdim=True), temperature)
     if index.shape[1] == 1:
-        chosen = (query * keys[index[:, 0].clamp(min=0)]).sum(1, keepdim=True)
+        chosen = (query * key[index[:, 0].clamp(min=0)]).sum(1, keepdim=True)
     else:
-        chosen = einsum("nd,npd->np", query, keys[index.clamp(min=0)])
+        chosen = einsum("nd,npd->np", query, key[index.clamp(min=0)])
     return divide(chosen, temperature).masked_fill(index < 0, -torch.inf)
 
 
-def _ignored(ignore, positives: Relation, decoupled: bool, keys: Gathered, n: int, local: int) -> Relation | None:
+def _ignored(ignore, positives: Relation, decoupled: bool, keys: Gathered | Placed, query, key) -> Relation | None:
     """Pairs that do not count in the denominator."""
     if ignore is None:
         return positives if decoupled else None
-    if isinstance(ignore, Tensor) and keys.ranks > 1 and ignore.shape == (n, len(keys.rows)):
+    n, local = len(query), len(key)
+    if isinstance(ignore, Tensor) and keys.ranks > 1 and ignore.shape == (n, keys.total):
         ignore = Mask(ignore.bool())
     elif isinstance(ignore, Tensor):
         if ignore.shape != (n, local):
             raise InputError(f"ignore must mark queries x keys, [{n}, {local}], not {list(ignore.shape)}")
-        wide = torch.zeros(n, len(keys.rows), dtype=torch.bool, device=keys.rows.device)
-        wide[:, keys.start : keys.start + local] = ignore.bool()
-        ignore = Mask(wide)
+        ignore = Mask(_among_all(ignore.bool(), keys))
     elif keys.ranks > 1 and isinstance(ignore, Same):
         ignore = Same(ignore.row_ids, gather_plain(ignore.column_ids).rows)
     elif keys.ranks > 1:
@@ -489,5 +493,6 @@ def _transposed(ignore):
     return ignore.T if isinstance(ignore, Tensor) else Transposed(ignore)
 
 
-def _add_candidates(count, mean_logit, query, keys, temperature) -> tuple[int | Tensor, Tensor]:
-    return count + len(keys), mean_logit + divide(einsum("nd,d->n", query, keys.sum(0)), temperature)
+def _add_candidates(count, mean_logit, query, total, more: int, temperature) -> tuple[int | Tensor, Tensor]:
+    """Join `more` candidates, whose sum is `total` ``[d]``, to the count and the sum of the logits."""
+    return count + more, mean_logit + divide(einsum("nd,d->n", query, total), temperature)

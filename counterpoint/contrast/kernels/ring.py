@@ -74,6 +74,32 @@ def log_sum_exp(
     return row, row if key is None else column
 
 
+def softplus_sum(query: Tensor, key: Tensor, *, scale: float | Tensor = 1.0, bias: float | Tensor = 0.0) -> Tensor:
+    r"""Row sums of the pairwise softplus of this rank's queries with the keys of all ranks.
+
+    .. math:: \text{out}_i = \sum_j \log(1 + \exp(\text{scale} \langle q_i, k_j \rangle + \text{bias}))
+
+    Gradients as those of `log_sum_exp` here: a key receives what every rank says about it, scale and bias each rank's share.
+
+    Args:
+        query: ``[n_r, d]``, this rank's queries.
+        key: ``[m_r, d]``, this rank's keys.
+        scale: positive scalar or 0-d tensor, the same on every rank.
+        bias: scalar or 0-d tensor, the same on every rank.
+
+    Returns:
+        ``[n_r]``, at least float32.
+
+    Raises:
+        InputError: shapes that do not fit together, on this rank or between ranks.
+    """
+    reduction.check(query, key, 1.0, None)
+    ring = _meet(key, (True, False, False), False)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale, bias = (torch.as_tensor(value, dtype=dtype, device=query.device).reshape(()) for value in (scale, bias))
+    return _RingSoftplusSum.apply(query.to(dtype), key.to(dtype), scale, bias, ring)
+
+
 class _Ring(NamedTuple):
     """What all ranks agreed on: who has how many keys, whether half a turn is enough, whether each row has its own
     temperature; and this rank's place.
@@ -189,6 +215,40 @@ class _RingLogSumExp(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _RingSoftplusSum(torch.autograd.Function):
+    """Row sums over all ranks; see the module docstring."""
+
+    @staticmethod
+    def forward(ctx, query, key, scale, bias, ring):
+        total = query.new_zeros(len(query))
+
+        def visit(step: int, block: list[Tensor]) -> list[Tensor]:
+            how = reduction.which(query, block[0], None, False)
+            total.add_(reduction.softplus_forward(query, block[0], scale, bias, *how))
+            return []
+
+        _turn(ring, [key.contiguous()], visit, torch.add)
+        ctx.ring = ring
+        ctx.save_for_backward(query, key, scale, bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        query, key, scale, bias = ctx.saved_tensors
+        own = [torch.zeros_like(x) for x in (query, scale, bias)]
+
+        def visit(step: int, block: list[Tensor]) -> list[Tensor]:
+            how = reduction.which(query, block[0], None, False)
+            by_query, by_key, *shared = reduction.softplus_backward(query, block[0], scale, bias, gradient, *how)
+            for total, found in zip(own, (by_query, *shared), strict=True):
+                total.add_(found)
+            return [by_key]
+
+        (key_gradient,) = _turn(ctx.ring, [key.contiguous()], visit, torch.add)
+        return own[0], key_gradient, *own[1:], None
 
 
 def _meet(keys: Tensor, form: tuple[bool, bool, bool], per_row: bool) -> _Ring:
