@@ -1,20 +1,22 @@
 """Pairs of texts from several domains: positives to train on, labelled pairs to test on, each under a name of its own.
 
-Every set has the splits train (positives only, at most `MOST`), dev and test (labelled: 1 belong together, 0 do not). What
-is held out, and which pairs are negative, depends on the files alone. No training pair holds a text of dev or test.
+Every set has the splits train (positives only, at most `MOST`), dev and test (labelled: 1 belong together, 0 do not; those
+of cosqa-pairs all belong together, and are looked for among all functions). What is held out, and which pairs are negative,
+depends on the files alone. No training pair holds a text of dev or test.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
-from counterpoint.data import sources, texts
+from counterpoint.data import code, sources, texts
 from counterpoint.data.texts import PAIRS, Texts
 from counterpoint.errors import InputError
 
@@ -92,10 +94,33 @@ def arxiv() -> tuple[Texts, Texts, Texts]:
 
 def codenn() -> tuple[Texts, Texts, Texts]:
     """Title and code of a question on StackOverflow (Iyer et al. 2016, the parts valid and test); negatives: same language."""
-    file = sources.require("code_search", "stackoverflow_codenn.jsonl.gz", "lang, query and code of each question")
-    rows = [json.loads(line) for line in texts.read_lines(file)]
+    rows = _json_lines("code_search", "stackoverflow_codenn.jsonl.gz", "lang, query and code of each question")
     once = {row["query"]: (row["query"], row["code"], row["lang"]) for row in rows if row["code"].strip()}
     return matched([*once.values()])
+
+
+def cosqa() -> tuple[Texts, Texts, Texts]:
+    """Python functions and what people ask a search engine for (Huang et al. 2021, arXiv 2105.13239), all without docstrings.
+
+    The queries of dev and test are 500 each. The questions to train on are the first paragraphs of the docstrings of those
+    functions that answer no query; of less than three words they are left out.
+    """
+    said = [code.without_docstring(function) for function in _functions()]
+    queries = _json_lines("code_search", "cosqa_queries.jsonl.gz", "split, query and retrieval_idx, the function that answers")
+    answers = {row["retrieval_idx"] for row in queries}
+    asked = [(code.summary(docstring), i) for i, (_, docstring) in enumerate(said) if i not in answers]
+    rows = {"train": [(query, i) for query, i in asked if len(query.split()) >= 3]}
+    rows |= {part: [(q["query"], q["retrieval_idx"]) for q in queries if q["split"] == part] for part in ("dev", "test")}
+    made = [
+        Texts({"anchor": [query for query, _ in rows[part]], "positive": [said[i][0] for _, i in rows[part]]})
+        for part in SPLITS
+    ]
+    return made[0], made[1], made[2]
+
+
+def _functions() -> list[str]:
+    rows = _json_lines("code_search", "cosqa_codebase.jsonl.gz", "retrieval_idx and code of each function")
+    return [row["code"] for row in sorted(rows, key=lambda row: row["retrieval_idx"])]
 
 
 def multi30k() -> tuple[Texts, Texts, Texts]:
@@ -168,6 +193,79 @@ def contradiction(domain: str) -> tuple[Texts, Texts, Texts]:
     return train, tests[0], tests[1]
 
 
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+@dataclass(frozen=True)
+class Search:
+    """Questions, and all that their answers are looked for among.
+
+    Args:
+        queries: N questions.
+        candidates: M texts, all different.
+        relevant: int64 [N, P], which candidates answer each question; -1 fills up.
+        name: where they come from.
+    """
+
+    queries: tuple[str, ...]
+    candidates: tuple[str, ...]
+    relevant: np.ndarray
+    name: str = "search"
+
+    @classmethod
+    def of(cls, pairs: Texts, more: Iterable[str] = ()) -> Search:
+        """Each distinct anchor asks for its positives among all positives of the pairs, and `more`.
+
+        Rows without an anchor are candidates only; so are those labelled 0.
+
+        Raises:
+            InputError: no columns of pairs, or no question with an answer.
+        """
+        if "positive" not in pairs.columns:
+            raise InputError(f"{pairs.name} holds no pairs: search needs two columns, such as query and code")
+        place = {text: i for i, text in enumerate(dict.fromkeys([*pairs.columns["positive"], *more])) if text.strip()}
+        place = {text: i for i, text in enumerate(place)}
+        label = np.ones(len(pairs)) if pairs.label is None else pairs.label
+        answers: dict[str, dict[int, None]] = {}
+        for query, answer, together in zip(pairs.columns["anchor"], pairs.columns["positive"], label, strict=True):
+            if query.strip() and answer.strip() and together:
+                answers.setdefault(query, {})[place[answer]] = None
+        if not answers:
+            raise InputError(f"{pairs.name} has no row with both a question and an answer, which search needs")
+        relevant = np.full((len(answers), max(map(len, answers.values()))), -1)
+        for row, found in zip(relevant, answers.values(), strict=True):
+            row[: len(found)] = [*found]
+        return cls(tuple(answers), tuple(place), relevant, pairs.name)
+
+
+def search(name: str, split: str = "test") -> Search:
+    """What is asked and looked for in a part of the set called `name`.
+
+    The candidates of cosqa-pairs are all 6,267 functions, of which training knows those that answer no query; those of any
+    other set are the partners in dev and test.
+
+    Args:
+        name: of a set of pairs ("cosqa-pairs" ...).
+        split: "dev" or "test".
+
+    Raises:
+        InputError: no such split, or files that are not on this machine.
+    """
+    if split == "train":
+        raise InputError(f"{name} has the splits dev, test to search in, not 'train'")
+    if name.removesuffix(PAIRS) == "cosqa":
+        return Search.of(pairs(name, split), (code.without_docstring(function)[0] for function in _functions()))
+    held = [pairs(name, part) for part in ("dev", "test")]
+    return Search.of(held[split == "test"], (text for part in held for text in part.columns["positive"]))
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _json_lines(folder: str, file: str, holds: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in texts.read_lines(sources.require(folder, file, holds))]
+
+
 def _columns(folder: str, file: str, holds: str) -> dict[str, list[str]]:
     return texts.separated(texts.read_lines(sources.require(folder, file, holds)), ",", file)
 
@@ -196,6 +294,7 @@ FRAMES = ("In {0} {1}.", "At {0}, {1}.", "Today {1} in {0}.", "News from {0}: {1
 MAKERS: dict[str, Callable[[], tuple[Texts, Texts, Texts]]] = {
     "arxiv": arxiv,
     "codenn": codenn,
+    "cosqa": cosqa,
     "multi30k": multi30k,
     "mrpc": mrpc,
     "sts": sts,

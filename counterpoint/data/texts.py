@@ -10,7 +10,7 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from counterpoint.errors import InputError, nearest
 log = logging.getLogger("counterpoint")
 
 # what a column of sentences may be called, by the part it plays
-ANCHOR = ("anchor", "sentence", "text", "sentence1", "sent0", "query", "question", "premise", "caption")
-POSITIVE = ("positive", "sentence2", "sent1", "answer", "response", "hypothesis", "paraphrase")
+ANCHOR = ("anchor", "sentence", "text", "sentence1", "sent0", "query", "question", "premise", "caption", "docstring")
+POSITIVE = ("positive", "sentence2", "sent1", "answer", "response", "hypothesis", "paraphrase", "code")
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?(_?\d+)?$")
 SCORE = ("score", "similarity", "relatedness")
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -71,6 +71,10 @@ class Texts:
         """Every distinct sentence of every column, in order of appearance."""
         return list(dict.fromkeys(sentence for column in self.columns.values() for sentence in column))
 
+    def positives(self) -> Texts:
+        """The rows whose sentences belong together: all that are not labelled 0."""
+        return self if self.label is None else self.subset(np.flatnonzero(self.label == 1))
+
     def single(self) -> Texts:
         """The same sentences without their pairing, each once."""
         return Texts({"anchor": self.sentences()}, name=self.name)
@@ -94,8 +98,8 @@ def load(
             are so many domains of one set (``"arxiv-pairs+codenn-pairs"``).
         split: which part of a known set; own data is all "train".
         columns: names of a table's sentence columns in the order anchor, positive, negative ...; None finds them by
-            their names (``sentence`` or ``text``; ``sentence1`` and ``sentence2``; ``anchor``, ``positive``,
-            ``negative``, ``negative_2`` ...; a table of one column needs no name). A column ``score`` beside two
+            their names (``sentence`` or ``text``; ``sentence1`` and ``sentence2``; ``query`` and ``code``; ``anchor``,
+            ``positive``, ``negative``, ``negative_2`` ...; a table of one column needs no name). A column ``score`` beside two
             columns makes them scored pairs, a column ``label`` of 0 and 1 labelled ones. A column ``domain`` names the
             domain of each row.
         limit: at most so many rows, a seeded random subset.
@@ -353,6 +357,8 @@ def _found(titles: list[str]) -> list[str]:
     anchors = [title for title in titles if title.lower() in ANCHOR]
     positives = [title for title in titles if title.lower() in POSITIVE]
     negatives = [title for title in titles if NEGATIVE.match(title.lower())]
+    if not anchors and not negatives and [title.lower() for title in positives] == ["code"]:
+        return positives  # code alone, to be searched
     if len(anchors) != 1 or len(positives) > 1 or (negatives and not positives):
         return []
     return anchors + positives + negatives
@@ -521,7 +527,7 @@ def _paired(name: str) -> Callable[[str], Texts]:
 
 
 PAIRS = "-pairs"
-DOMAINS = ("arxiv", "codenn", "multi30k", "mrpc", "sts", "same-statement", "same-topic")
+DOMAINS = ("arxiv", "codenn", "cosqa", "multi30k", "mrpc", "sts", "same-statement", "same-topic")
 """Domains whose pairs have a name: ``arxiv-pairs`` and so on; see `counterpoint.data.domains`."""
 
 
@@ -589,8 +595,8 @@ class Sentences:
 
     A batch holds ``input_ids`` and ``attention_mask`` int64 [B, L] of the anchor, the same with the prefix
     ``positive_``, ``negative_``, ``negative_2_`` ... for further columns (each with its own L), ``index`` int64 [B],
-    ``words`` int64 [B, L] (number of the word a token belongs to, -1 for none) if they were asked for, and ``domain`` int64
-    [B] where the data have domains.
+    ``words`` int64 [B, L] (number of the word a token belongs to, -1 for none) and ``kinds`` (with the column's prefix) int64
+    [B, L] (of what kind a token is, -1 for none) if they were asked for, and ``domain`` int64 [B] where the data have domains.
 
     Args:
         ids: token ids by column ("anchor", "positive", "negative" ...).
@@ -600,6 +606,7 @@ class Sentences:
         truncated: sentences that were longer than the limit.
         domain: int64 [N], of which of the `domains` a row is.
         domains: their names.
+        kinds: by column, the kinds of its tokens.
     """
 
     ids: dict[str, Ragged]
@@ -609,6 +616,7 @@ class Sentences:
     truncated: int = 0
     domain: Tensor | None = None
     domains: tuple[str, ...] = ()
+    kinds: dict[str, Ragged] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids["anchor"].offsets) - 1
@@ -620,7 +628,7 @@ class Sentences:
 
     @property
     def nbytes(self) -> int:
-        return sum(rows.flat.nbytes + rows.offsets.nbytes for rows in self.ids.values())
+        return sum(rows.flat.nbytes + rows.offsets.nbytes for rows in (*self.ids.values(), *self.kinds.values()))
 
     def take(self, index: Tensor) -> dict[str, Tensor]:
         """The rows at `index` as a batch, padded only to the longest of them."""
@@ -629,6 +637,8 @@ class Sentences:
         for part, rows in self.ids.items():
             prefix = "" if part == "anchor" else f"{part}_"
             batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"] = rows.padded(at, self.pad)
+            if part in self.kinds:
+                batch[f"{prefix}kinds"] = self.kinds[part].padded(at, -1)[0]
         if self.words is not None:
             batch["words"] = self.words.padded(at, -1)[0]
         if self.domain is not None:
@@ -640,7 +650,8 @@ class Sentences:
         at = torch.as_tensor(index, dtype=torch.int64, device=self.ids["anchor"].offsets.device)
         words = None if self.words is None else self.words.subset(at)
         domain = None if self.domain is None else self.domain[at]
-        return replace(self, ids={part: rows.subset(at) for part, rows in self.ids.items()}, words=words, domain=domain)
+        ids, kinds = ({part: rows.subset(at) for part, rows in of.items()} for of in (self.ids, self.kinds))
+        return replace(self, ids=ids, words=words, domain=domain, kinds=kinds)
 
     def in_domains(self, names: Sequence[str]) -> Sentences:
         """The same rows with their domains numbered as `names` are.
@@ -662,10 +673,22 @@ class Sentences:
     def to(self, device: torch.device | str) -> Sentences:
         words = None if self.words is None else self.words.to(device)
         domain = None if self.domain is None else self.domain.to(device)
-        return replace(self, ids={part: rows.to(device) for part, rows in self.ids.items()}, words=words, domain=domain)
+        ids, kinds = ({part: rows.to(device) for part, rows in of.items()} for of in (self.ids, self.kinds))
+        return replace(self, ids=ids, words=words, domain=domain, kinds=kinds)
 
 
-def tokenise(texts: Texts, tokenizer: Any, max_length: int, *, words: bool = False) -> Sentences:
+Kinds = Callable[[str], Sequence[int] | np.ndarray]
+"""The kind of each character of a text, as a number; -1 for none."""
+
+
+def tokenise(
+    texts: Texts,
+    tokenizer: Any,
+    max_length: int | Mapping[str, int],
+    *,
+    words: bool = False,
+    kinds: Mapping[str, Kinds] | None = None,
+) -> Sentences:
     """Turn sentences into tokens, once.
 
     Sentences longer than `max_length` tokens (special ones counted) are cut, and the log says how many, once. A row that
@@ -674,43 +697,56 @@ def tokenise(texts: Texts, tokenizer: Any, max_length: int, *, words: bool = Fal
     Args:
         texts: what `load` found.
         tokenizer: of transformers.
-        max_length: longest row.
+        max_length: longest row, or that of each column by its part.
         words: also number the words (runs without white space) that the anchor's tokens come from.
+        kinds: by column, what says of what kind each character is; a token is of the kind of its last character.
 
     Raises:
-        InputError: `words` with a tokeniser that does not know where in the text its tokens come from.
+        InputError: `words` or `kinds` with a tokeniser that does not know where in the text its tokens come from.
     """
     pad, truncated = pad_of(tokenizer), 0
-    if words and not tokenizer.is_fast:
+    wanted: dict[tuple[str, str], Kinds] = {(part, "kinds"): of for part, of in (kinds or {}).items()}
+    if words:
+        wanted["anchor", "words"] = word_numbers
+    if wanted and not tokenizer.is_fast:
         raise InputError(
             f"{type(tokenizer).__name__} does not say which word a token comes from; repeat tokens, not words"
+            if words
+            else f"{type(tokenizer).__name__} does not say which characters a token comes from, so its kind is not known"
         )
     ids: dict[str, Ragged] = {}
-    numbers: list[list[int]] = []
+    found: dict[str, dict[str, Ragged]] = {"words": {}, "kinds": {}}
+    cuts: dict[int, int] = {}
     for part, column in texts.columns.items():
+        most = max_length if isinstance(max_length, int) else max_length[part]
         rows: list[list[int]] = []
+        marks: dict[str, list[list[int]]] = {what: [] for of, what in wanted if of == part}
         for start in range(0, len(column), 8192):
             chunk = [*column[start : start + 8192]]
-            options = {"return_offsets_mapping": True} if words and part == "anchor" else {}
-            found = tokenizer(
-                chunk, truncation=True, max_length=max_length, return_attention_mask=False,
+            options = {"return_offsets_mapping": True} if marks else {}
+            tokens = tokenizer(
+                chunk, truncation=True, max_length=most, return_attention_mask=False,
                 return_token_type_ids=False, **options,
             )  # fmt: skip
-            full = [i for i, row in enumerate(found["input_ids"]) if len(row) >= max_length]
+            full = [i for i, row in enumerate(tokens["input_ids"]) if len(row) >= most]
             if full:
                 entire = tokenizer([chunk[i] for i in full], truncation=False, verbose=False)["input_ids"]
-                truncated += sum(len(row) > max_length for row in entire)
-            rows += [row or [pad] for row in found["input_ids"]]
-            if options:
-                spans = found["offset_mapping"]
-                numbers += [_word_numbers(text, span) or [-1] for text, span in zip(chunk, spans, strict=True)]
+                cuts[most] = cuts.get(most, 0) + sum(len(row) > most for row in entire)
+            rows += [row or [pad] for row in tokens["input_ids"]]
+            for what, values in marks.items():
+                at, spans = wanted[part, what], zip(chunk, tokens["offset_mapping"], strict=True)
+                values += [_of_tokens(at(text), span) or [-1] for text, span in spans]
         ids[part] = Ragged.of(rows)
-    if truncated:
-        count = sum(map(len, texts.columns.values()))
-        log.warning("%s: %s of %s sentences cut to %d tokens", texts.name, f"{truncated:,}", f"{count:,}", max_length)
+        for what, values in marks.items():
+            found[what][part] = Ragged.of(values)
+    count = sum(map(len, texts.columns.values()))
+    for most, cut in cuts.items():
+        truncated += cut
+        if cut:
+            log.warning("%s: %s of %s sentences cut to %d tokens", texts.name, f"{cut:,}", f"{count:,}", most)
     domain = None if texts.domain is None else torch.from_numpy(np.asarray(texts.domain, np.int64))
-    numbered = Ragged.of(numbers) if numbers else None
-    return Sentences(ids, pad, numbered, texts.name, truncated, domain, texts.domains)
+    numbered = found["words"].get("anchor")
+    return Sentences(ids, pad, numbered, texts.name, truncated, domain, texts.domains, found["kinds"])
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -730,10 +766,15 @@ def pad_of(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def _word_numbers(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Which word (from 0) each token lies in; -1 for special tokens."""
+def word_numbers(text: str) -> list[int]:
+    """Which word (from 0) each character lies in; -1 for white space."""
     at = [-1] * len(text)
     for number, word in enumerate(re.finditer(r"\S+", text)):
         at[word.start() : word.end()] = [number] * (word.end() - word.start())
+    return at
+
+
+def _of_tokens(at: Sequence[int] | np.ndarray, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """What characters are, of tokens; -1 for special tokens."""
     # the last character: tokens of some tokenisers begin with the space before their word
-    return [-1 if end <= start else at[end - 1] for start, end in spans]
+    return [-1 if end <= start else int(at[end - 1]) for start, end in spans]

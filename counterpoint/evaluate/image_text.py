@@ -188,7 +188,22 @@ def first_hits(query: Tensor, candidates: Tensor, relevant: Tensor, cutoffs: Seq
         relevant: int64 [N, P], -1 fills up; at least one a row.
         cutoffs: values of k.
     """
-    parts: dict[int, list[Tensor]] = {k: [] for k in cutoffs}
+    ahead, good, bad = standing(query, candidates, relevant)
+    return {k: _drawn(good, bad, (k - ahead).clamp(min=0), k).cpu() for k in cutoffs}
+
+
+def standing(query: Tensor, candidates: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the best of a query's relevant candidates stands: how many others are ahead, relevant ones level, others level.
+
+    Args:
+        query: unit vectors [N, D].
+        candidates: unit vectors [M, D].
+        relevant: int64 [N, P], -1 fills up; at least one a row.
+
+    Returns:
+        Three int64 [N]; the order within a level is random, and one relevant candidate at least is level (the best).
+    """
+    parts = []
     step = max(1, BLOCK // len(candidates))
     for start in range(0, len(query), step):
         mine = relevant[start : start + step].to(query.device)
@@ -198,10 +213,26 @@ def first_hits(query: Tensor, candidates: Tensor, relevant: Tensor, cutoffs: Seq
         best = score.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ahead = ((score > best + LEVEL) & ~right).sum(1)
         level = (score - best).abs() <= LEVEL
-        good, bad = (level & right).sum(1), (level & ~right).sum(1)
-        for k in cutoffs:
-            parts[k].append(_drawn(good, bad, (k - ahead).clamp(min=0), k).cpu())
-    return {k: torch.cat(part) for k, part in parts.items()}
+        parts.append((ahead, (level & right).sum(1), (level & ~right).sum(1)))
+    ahead, good, bad = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ahead, good, bad
+
+
+def reciprocal_rank(ahead: Tensor, good: Tensor, bad: Tensor, most: int) -> Tensor:
+    """Expected 1 / rank of the first relevant candidate, 0 beyond rank `most`: float64 [N].
+
+    Args:
+        ahead, good, bad: int64 [N], as `standing` tells them; the order within a level is random.
+        most: the last rank that counts.
+    """
+    found = torch.zeros(len(ahead), dtype=torch.float64, device=ahead.device)
+    none = torch.ones_like(found)  # probability that the first so many of the level are all others
+    for others in range(min(most, int(bad.max()) + 1)):
+        rank = ahead + 1 + others
+        left = (bad - others).clamp(min=0).double() / (good + bad - others).clamp(min=1)
+        found += torch.where(rank <= most, none * (1 - left) / rank, 0)
+        none = none * left
+    return found
 
 
 def guesses(relevant: Tensor, candidates: int, cutoffs: Sequence[int]) -> dict[int, Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from counterpoint.data import Images, captions
 from counterpoint.errors import InputError
-from counterpoint.evaluate import image_text, pairs, ranking, texts
+from counterpoint.evaluate import code, image_text, pairs, ranking, texts
 from counterpoint.evaluate.protocols import Result, knn
 from counterpoint.train.method import Method
 
@@ -17,8 +17,8 @@ Score = Callable[[Method], Result]
 def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0) -> Score:
     """What ``fit(validate=...)`` looks at, decided by what the method embeds.
 
-    Sentences: Spearman on the dev part of STS-B, or F1max on their own where the data are named pairs. Histories: NDCG@20 of
-    each user's second-to-last item among all items.
+    Sentences: Spearman on the dev part of STS-B, or on their own, where the data are named pairs, F1max (code and questions:
+    mean reciprocal rank). Histories: NDCG@20 of each user's second-to-last item among all items.
     Images with captions: R@1, the mean of both directions, on the validation part.
     Images: kNN accuracy of a fifth of the training images among the others, which needs labels (they choose the
     weights, and train nothing).
@@ -33,6 +33,13 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
     """
     match method.family:
         case "sentences":
+            if method.searched is not None or code.is_code(data):
+                if code.task_of(data, "dev", own=False):
+                    return lambda trained: code.score_of(data, trained)
+                if method.searched is not None:
+                    raise InputError(
+                        f"validate looks for answers in the dev part of named pairs, which {data} has not; leave validate out"
+                    )
             if pairs.labelled(data, "dev", own=False) is not None:
                 return lambda trained: pairs.score_of(data, trained)
             texts.texts.sts("stsb", "dev")  # say now, not after an epoch, that it is not here

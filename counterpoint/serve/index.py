@@ -418,8 +418,9 @@ def of_file(path: str | Path) -> tuple[np.ndarray, list[str] | None]:
 def of_run(run: Any, data: Any = None, split: str | None = None) -> tuple[np.ndarray, list[str] | None, dict[str, Any]]:
     """What the trained encoder of `run` makes of data: vectors, names of rows, and notes for `Index.build`.
 
-    Images are called by their file (numbered where they come from no files), sentences by themselves (each once). A run
-    on user histories gives the embeddings of the items that it knows, which need no data.
+    Images are called by their file (numbered where they come from no files), sentences by themselves (each once; of questions
+    and what answers them, the answers). A run on user histories gives the embeddings of the items that it knows, which need
+    no data.
 
     Args:
         run: a run, or its folder.
@@ -449,7 +450,10 @@ def of_run(run: Any, data: Any = None, split: str | None = None) -> tuple[np.nda
         about["data"] = str(data)
     part = split or "train"
     if method.family == "sentences":
-        sentences = texts.load(data, part).sentences()
+        rows = texts.load(data, part)
+        if method.searched in rows.columns:
+            rows = texts.Texts({"anchor": rows.columns[method.searched]})
+        sentences = rows.sentences()
         return method.encode(sentences), sentences, about
     items = getattr(method, "images", method.read)(data, part)
     vectors = method.encode(items)

@@ -44,6 +44,9 @@ class Method(lightning.LightningModule):
     family = "images"
     """What it embeds, which decides how it is measured: "images", "sentences" or "histories"."""
 
+    searched: str | None = None
+    """Of pairs whose anchors are questions, the column that is searched for answers ("positive"): what an index holds."""
+
     classification: str | None = None
     """Protocol of the method's own classifier: "online-head" if the encoder learns nothing from it, "fine-tune" if it does.
 

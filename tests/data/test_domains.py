@@ -112,7 +112,7 @@ def test_held_out_pairs_have_the_hardest_of_some_others_as_negatives(monkeypatch
         domains.matched(rows[:10])
 
 
-@pytest.mark.parametrize("name", ["arxiv", "codenn", "multi30k", "mrpc", "sts"])
+@pytest.mark.parametrize("name", ["arxiv", "codenn", "cosqa", "multi30k", "mrpc", "sts"])
 def test_files_that_are_not_here_are_named(name, tmp_path, monkeypatch):
     monkeypatch.setenv("COUNTERPOINT_CACHE", str(tmp_path))
     monkeypatch.delenv("COUNTERPOINT_DATA", raising=False)

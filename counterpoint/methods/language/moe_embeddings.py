@@ -140,9 +140,7 @@ class MoEEmbeddings(SimCSE):
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def used(self, rows: texts.Texts) -> texts.Texts:
-        if rows.label is not None:  # refused pairs are no positives
-            rows = rows.subset(np.flatnonzero(rows.label == 1))
-        return super().used(rows)
+        return super().used(rows.positives())
 
     def read(
         self, data: Any, split: str = "train", *, limit: int | None = None, seed: int = 0, resident: bool | None = None
