@@ -33,6 +33,7 @@ from counterpoint.contrast.adaptive import adaptive_contrast
 from counterpoint.contrast.balanced import balanced_info_nce
 from counterpoint.contrast.distributed import exchange, gather, gather_plain
 from counterpoint.contrast.focal import focal_sup_con
+from counterpoint.contrast.multimodal import Queues, multimodal_contrast
 from counterpoint.contrast.regression import Shift, supremix
 from counterpoint.contrast.routing import load_balancing, specified_expert
 from counterpoint.contrast.spectral import spectral_contrastive
@@ -179,6 +180,9 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
     "relabelled_clip": lambda s: contrast.relabelled_clip(s.z1, s.z2, temperature=s.temperature),
     "relabelled_clip, short vectors": lambda s: contrast.relabelled_clip(
         0.5 * s.z1, 0.5 * s.z2, temperature=s.temperature, normalize=False
+    ),
+    "multimodal_contrast": lambda s: multimodal_contrast(
+        s.z1, s.z2, s.z1.cos(), s.z2.sin(), Queues(*[contrast.unit(s.queue)] * 4), temperature=s.temperature
     ),
     "specified_expert": lambda s: specified_expert(torch.stack([s.z1, s.z2]), s.labels % 3),
     "load_balancing": lambda s: load_balancing(torch.stack([s.z1, s.z2])),

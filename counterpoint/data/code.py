@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import keyword
 import re
 import tokenize
@@ -23,29 +24,26 @@ KINDS = ("keyword", "identifier", "number", "string", "operator", "separator", "
 
 KEYWORD, IDENTIFIER, NUMBER, STRING, OPERATOR, SEPARATOR, COMMENT = range(len(KINDS))
 
-# reserved words that several languages share; a name that is one of them elsewhere is rare enough
-_SHARED = frozenset(keyword.kwlist) | frozenset(
-    # C, C++, C#, Java
-    "abstract auto base bool boolean break byte case catch char class const continue decimal default delegate delete do double "
-    "else enum event explicit extends extern final finally fixed float for foreach goto if implements implicit import in int "
-    "interface internal is lock long namespace native new null object operator out override package params private protected "
-    "public readonly ref return sbyte sealed short signed sizeof static string struct super switch synchronized template this "
-    "throw throws transient true false try typedef typename typeof uint ulong union unsigned unsafe ushort using virtual void "
-    "volatile while yield "
-    # JavaScript, Go, PHP, Ruby
-    "async await debugger export function instanceof let of var with chan defer fallthrough func go map range select type echo "
-    "elseif endforeach endif foreach isset unset use begin def elsif end ensure module next nil redo rescue retry self then "
-    "undef unless until when".split()
-)
+# reserved words of C, C++, C#, Java, JavaScript, Go, PHP and Ruby; a name that is one of them elsewhere is rare enough
+_SHARED = """
+abstract auto base bool boolean break byte case catch char class const continue decimal default delegate delete do double else
+enum event explicit extends extern final finally fixed float for foreach goto if implements implicit import in int interface
+internal is lock long namespace native new null object operator out override package params private protected public readonly
+ref return sbyte sealed short signed sizeof static string struct super switch synchronized template this throw throws transient
+true false try typedef typename typeof uint ulong union unsigned unsafe ushort using virtual void volatile while yield async
+await debugger export function instanceof let of var with chan defer fallthrough func go map range select type echo elseif
+endforeach endif foreach isset unset use begin def elsif end ensure module next nil redo rescue retry self then undef unless
+until when
+"""
 # these count in capitals, too
-_SQL = frozenset(
-    "all alter and any as asc between by cast column constraint create cross cursor declare desc distinct drop exec execute "
-    "exists foreign from full group having inner insert intersect into join key left like limit not null on or order outer over "
-    "partition primary procedure references right rollback select set table then top trigger truncate union unique update "
-    "values view when where with".split()
-)
-
-_RESERVED = _SHARED | _SQL
+_SQL = """
+all alter and any as asc between by cast column constraint create cross cursor declare desc distinct drop exec execute exists
+foreign from full group having inner insert intersect into join key left like limit not null on or order outer over partition
+primary procedure references right rollback select set table then top trigger truncate union unique update values view when
+where with
+"""
+_SQL_WORDS = frozenset(_SQL.split())
+_RESERVED = frozenset(keyword.kwlist) | frozenset(_SHARED.split()) | _SQL_WORDS
 
 _LEXER = re.compile(
     r"""
@@ -122,7 +120,7 @@ def _python(code: str) -> list[Span]:
 def _any_language(code: str) -> Iterator[Span]:
     for token in _LEXER.finditer(code):
         kind, text = KINDS.index(str(token.lastgroup)), token[0]
-        if kind == IDENTIFIER and (text in _RESERVED or (text.isupper() and text.lower() in _SQL)):
+        if kind == IDENTIFIER and (text in _RESERVED or (text.isupper() and text.lower() in _SQL_WORDS)):
             kind = KEYWORD
         yield Span(kind, token.start(), token.end())
 
@@ -146,7 +144,7 @@ def without_docstring(code: str) -> tuple[str, str]:
     """
     depth, inside = 0, False
     tokens = [span for span in _any_language(code) if span.kind != COMMENT]
-    for token, following in zip(tokens, tokens[1:], strict=False):
+    for token, following in itertools.pairwise(tokens):
         text = code[token.start : token.end]
         inside = inside or text in ("def", "class")
         depth += (text in "([{") - (text in ")]}") if token.kind == SEPARATOR else 0

@@ -106,11 +106,15 @@ def cosqa() -> tuple[Texts, Texts, Texts]:
     functions that answer no query; of less than three words they are left out.
     """
     said = [code.without_docstring(function) for function in _functions()]
-    queries = _json_lines("code_search", "cosqa_queries.jsonl.gz", "split, query and retrieval_idx, the function that answers")
+    queries = _json_lines(
+        "code_search", "cosqa_queries.jsonl.gz", "split, query and retrieval_idx, the function that answers"
+    )
     answers = {row["retrieval_idx"] for row in queries}
     asked = [(code.summary(docstring), i) for i, (_, docstring) in enumerate(said) if i not in answers]
     rows = {"train": [(query, i) for query, i in asked if len(query.split()) >= 3]}
-    rows |= {part: [(q["query"], q["retrieval_idx"]) for q in queries if q["split"] == part] for part in ("dev", "test")}
+    rows |= {
+        part: [(q["query"], q["retrieval_idx"]) for q in queries if q["split"] == part] for part in ("dev", "test")
+    }
     made = [
         Texts({"anchor": [query for query, _ in rows[part]], "positive": [said[i][0] for _, i in rows[part]]})
         for part in SPLITS

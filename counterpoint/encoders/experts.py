@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from counterpoint.encoders.text import TextEncoder, by_length, pool, quiet
+from counterpoint.encoders.text import TextEncoder, added_tokens, by_length, pool, quiet
 from counterpoint.errors import InputError
 
 Router = Literal["enforced", "switch", "sentence", "token"]
@@ -225,23 +225,13 @@ class ExpertEncoder(TextEncoder):
                 )
 
     def _add_domains(self) -> None:
-        from transformers import AddedToken
-
         start = self.tokenizer.cls_token_id
         if start is None or (self.tokenizer("a")["input_ids"] or [None])[0] != start:
             raise InputError(
                 f"domain tokens stand in the place of [CLS], with which {self.name} does not begin its texts"
             )
-        self.tokenizer = copy.deepcopy(self.tokenizer)  # others may hold it
         names = [f"[domain {name}]" for name in self.domains]
-        self.tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-        ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(names))
-        with quiet():
-            if len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
-                self.model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            table = self.model.get_input_embeddings().weight
-            table[ids] = table[start].clone()
+        ids = torch.tensor(added_tokens(self, names, [[start]] * len(names)))
         self.register_buffer("domain_ids", ids, persistent=False)
 
     def _convert(self, block: nn.Module, experts: Callable[[nn.Module], Experts]) -> None:

@@ -1,10 +1,11 @@
 """Text encoders: any transformers model by name, folder or configuration, and how its tokens become one vector."""
 
+import copy
 import json
 import logging
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ DROPOUTS = (
 # models that count positions from the padding id + 1
 SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text"}
 UNLIMITED = 10**6
+UNIXCODER_MODE = "<encoder-only>"
 
 
 class TextEncoder(nn.Module):
@@ -174,6 +176,7 @@ def text(
             max_length = _folders_length(Path(source).expanduser())
         config = _loaded(source, lambda: transformers.AutoConfig.from_pretrained(source))
         tokenizer = tokenizer or _loaded(source, lambda: transformers.AutoTokenizer.from_pretrained(source))
+        _announce_mode(tokenizer)
     depth = getattr(config, "num_hidden_layers", 0)
     if layers is not None:
         if not 1 <= layers <= depth:
@@ -193,6 +196,46 @@ def text(
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None  # without gradient it would only confuse optimisers and exports
     return TextEncoder(model.train(), tokenizer, pooling or ("mean" if fresh else "cls"), max_length, title, fresh)
+
+
+def _announce_mode(tokenizer: Any) -> None:
+    """Let a tokeniser of UniXcoder begin each text as it was trained: <s> <encoder-only> </s>.
+
+    Source: Guo et al. 2022 (arXiv 2203.03850); its tokeniser leaves the mode to the caller.
+    """
+    if UNIXCODER_MODE not in tokenizer.get_vocab() or not tokenizer.is_fast:
+        return
+    from tokenizers import processors
+
+    start, end = tokenizer.cls_token, tokenizer.sep_token
+    marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (start, UNIXCODER_MODE, end)]
+    form = f"{start} {UNIXCODER_MODE} {end} $A {end}"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=marks)
+
+
+def added_tokens(encoder: TextEncoder, names: Sequence[str], like: Sequence[Sequence[int]]) -> list[int]:
+    """Ids of special tokens that the encoder's vocabulary gets; tokens that it has already keep their meaning.
+
+    Args:
+        encoder: is changed in place; its tokeniser is replaced by one that knows them, since others may hold it.
+        names: such as "[code identifier]": no text should spell them.
+        like: for each the ids whose mean embedding it begins with.
+    """
+    from transformers import AddedToken
+
+    encoder.tokenizer = copy.deepcopy(encoder.tokenizer)
+    known = encoder.tokenizer.get_vocab()
+    encoder.tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    ids = encoder.tokenizer.convert_tokens_to_ids([*names])
+    with quiet():
+        if len(encoder.tokenizer) > encoder.model.get_input_embeddings().num_embeddings:
+            encoder.model.resize_token_embeddings(len(encoder.tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        table = encoder.model.get_input_embeddings().weight
+        for name, number, models in zip(names, ids, like, strict=True):
+            if name not in known:
+                table[number] = table[[*models]].mean(0)
+    return ids
 
 
 def tanh_head(dim: int) -> nn.Sequential:

@@ -91,7 +91,9 @@ def task_of(source: Any, split: str = "test", *, own: bool = True) -> dict[str, 
     return {name: domains.Search.of(part) for name, part in parts.items()}
 
 
-def searched(encode: Encode, tasks: Mapping[str, domains.Search], *, name: str = CODE_SEARCH, subject: str = "") -> Result:
+def searched(
+    encode: Encode, tasks: Mapping[str, domains.Search], *, name: str = CODE_SEARCH, subject: str = ""
+) -> Result:
     """`code_search` in each domain, and the mean over domains; the detail holds each one's under its name."""
     each = {domain: code_search(encode, task, name=name, subject=subject) for domain, task in tasks.items()}
     first = next(iter(each.values()))
@@ -131,8 +133,8 @@ def measure(
             if names is None:
                 return
             raise InputError(
-                f"{asked or source} holds no pairs that training did not see, which {CODE_SEARCH} needs: give --data with columns "
-                f"query and code, or name sets as in {CODE_SEARCH}:cosqa-pairs"
+                f"{asked or source} holds no pairs that training did not see, which {CODE_SEARCH} needs: give --data with "
+                f"columns query and code, or name sets as in {CODE_SEARCH}:cosqa-pairs"
             )
         encoders: dict[str, Encode] = {subject: method.encode for subject, method in subjects.items()}
         if bag:

@@ -159,7 +159,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(37, "amcl", "AMCL: adaptive multi-head contrast", "vision", "counterpoint.methods.vision.amcl:AMCL"),
     Entry(38, "contrastive-gap", "Contrastive gap (CUA, CUAXU)", "image_text"),
-    Entry(39, "cocosoda", "CoCoSoDa: code search", "language"),
+    Entry(39, "cocosoda", "CoCoSoDa: code search", "language", "counterpoint.methods.language.cocosoda:CoCoSoDa"),
     Entry(40, "scalecap", "ScaleCap: contrastive sentence rating for captions", "decoding"),
     Entry(
         41,

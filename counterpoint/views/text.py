@@ -1,4 +1,4 @@
-"""Views of text: tokens or words said twice, words left out. Batched, on the batch's device, positions drawn or given.
+"""Views of text: tokens or words repeated, left out or replaced. Batched, on the batch's device, positions drawn or given.
 
 Rows are ids ``[B, L]`` with a mask ``[B, L]`` that is 1 on the tokens and 0 on the padding behind them; the first and the
 last token of a row are taken to be special ([CLS] and [SEP]) and always stay as they are.
@@ -162,6 +162,51 @@ def mask_tokens(
     real = mask.bool()
     count = (rate * real.sum(1)).round().clamp(min=1)
     return draw(real & ~torch.isin(ids, special), count, generator)
+
+
+def soft_replace(
+    ids: Tensor,
+    allowed: Tensor,
+    into: int | Tensor,
+    *,
+    rate: float = 0.1,
+    share: float = 0.8,
+    random_ids: Tensor | None = None,
+    draws: tuple[Tensor, Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """ids int64 [B, L] of which some tokens have become others: CoCoSoDa's soft augmentation, one operator for all its forms.
+
+    Each allowed token is chosen with probability `rate`; of the chosen ones a `share` becomes `into`, and of the rest half
+    becomes a random token if there are any, while the others stay what they are. Dynamic masking: `into` is the mask token, with
+    random tokens. Dynamic replacement: `into` is the token of its syntactic type. Allowing the tokens of one type alone makes
+    the forms for a specified type.
+
+    Args:
+        ids: int64 [B, L].
+        allowed: bool [B, L], which tokens may change (not padding, not special ones).
+        into: what they become, one id or int64 [B, L].
+        rate: probability of being chosen.
+        share: of the chosen ones that become `into`.
+        random_ids: int64 [B, L], or None.
+        draws: uniform numbers [B, L] that choose, replace and randomise, instead of drawing them.
+        generator: source of the draw.
+
+    Raises:
+        InputError: a rate or share outside [0, 1].
+
+    Source: Shi et al. 2023 (arXiv 2204.03293), soft data augmentation; DeepSoftwareAnalytics/CoCoSoDa at 2f2bf8e, `run.py`.
+    """
+    if not (0 <= rate <= 1 and 0 <= share <= 1):
+        raise InputError(f"tokens are replaced at a rate and share between 0 and 1, not {rate} and {share}")
+    if draws is None:
+        one, two, three = torch.rand(3, *ids.shape, generator=generator, device=ids.device)
+    else:
+        one, two, three = draws
+    chosen = allowed & (one < rate)
+    replaced = chosen & (two < share)
+    found = torch.where(replaced, into, ids)
+    return found if random_ids is None else torch.where(chosen & ~replaced & (three < 0.5), random_ids, found)
 
 
 def emit(ids: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ EXACT = [
     "balanced_info_nce, pairs to ignore",
     "relabelled_clip",
     "relabelled_clip, short vectors",
+    "multimodal_contrast",
     "specified_expert",
     "load_balancing",
     "info_nce, a temperature per row",

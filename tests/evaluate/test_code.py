@@ -24,7 +24,10 @@ def test_what_is_asked_and_looked_for():
     assert task.queries == ("a", "b") and task.candidates == ("A", "B", "A2", "X", "more")
     assert task.relevant.tolist() == [[0, 2], [1, -1]]
     labelled = texts.Texts({"anchor": ["a", "a"], "positive": ["A", "B"]}, label=np.array([1, 0]))
-    assert domains.Search.of(labelled).relevant.tolist() == [[0]] and domains.Search.of(labelled).candidates == ("A", "B")
+    assert domains.Search.of(labelled).relevant.tolist() == [[0]] and domains.Search.of(labelled).candidates == (
+        "A",
+        "B",
+    )
     with pytest.raises(InputError, match="own holds no pairs"):
         domains.Search.of(texts.Texts({"anchor": ["a"]}, name="own"))
     with pytest.raises(InputError, match="no row with both a question and an answer"):
@@ -42,7 +45,9 @@ def test_the_value_is_that_of_sorting(seed):
     result = code.code_search(table(known), task, subject="trained")
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, candidates)]
     order = np.argsort(-(unit[0] @ unit[1].T), axis=1)
-    rank = np.array([min(int(np.flatnonzero(o == r)[0]) + 1 for r in row if r >= 0) for o, row in zip(order, relevant, strict=True)])
+    rank = np.array(
+        [min(int(np.flatnonzero(o == r)[0]) + 1 for r in row if r >= 0) for o, row in zip(order, relevant, strict=True)]
+    )
     assert result.value == pytest.approx(100 * (1 / rank).mean())
     assert (result.protocol, result.metric, result.n, result.subject) == ("code-search", "MRR", 30, "trained")
     for k in (1, 5, 10):
@@ -68,8 +73,12 @@ def test_constant_vectors_score_chance_and_far_answers_nothing():
     angle = {str(i): (np.cos(i / 1500), np.sin(i / 1500)) for i in range(1500)} | {"q": (1.0, 0.0)}
     last = code.code_search(table(angle), task)
     assert last.value == 0  # rank 1500 is beyond 1000
-    ahead, good, bad = standing(torch.tensor([[1.0, 0.0]]), torch.tensor([*angle.values()][:1500]).float(), torch.tensor([[999]]))
-    assert (ahead.item(), good.item(), bad.item()) == (999, 1, 0) and reciprocal_rank(ahead, good, bad, 1000).item() == 1e-3
+    ahead, good, bad = standing(
+        torch.tensor([[1.0, 0.0]]), torch.tensor([*angle.values()][:1500]).float(), torch.tensor([[999]])
+    )
+    assert (ahead.item(), good.item(), bad.item()) == (999, 1, 0) and reciprocal_rank(
+        ahead, good, bad, 1000
+    ).item() == 1e-3
 
 
 def test_each_domain_has_its_own_candidates(tmp_path):

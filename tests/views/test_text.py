@@ -1,4 +1,4 @@
-"""Views of text: what is repeated or left out, how often, and where."""
+"""Views of text: what is repeated, left out or replaced, how often, and where."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from counterpoint.errors import InputError
-from counterpoint.views.text import delete_words, emit, repeat_bound, repeat_tokens, repeat_words, stack
+from counterpoint.views.text import delete_words, emit, repeat_bound, repeat_tokens, repeat_words, soft_replace, stack
 
 
 def rows(*lengths, width=None):
@@ -150,3 +150,35 @@ def test_stack_joins_batches_of_different_width():
     ids, mask = stack([first, second], pad=7)
     assert ids.tolist() == [[0, 1, 2, 7, 7], [100, 101, 7, 7, 7], [0, 1, 2, 3, 4]]
     assert mask.sum(1).tolist() == [3, 2, 5]
+
+
+def test_soft_replacement_by_given_numbers():
+    ids = torch.arange(12).view(2, 6)
+    allowed = torch.ones_like(ids, dtype=torch.bool)
+    allowed[:, 0] = False
+    one = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.2, 0.3]] * 2)
+    two = torch.tensor([[0.0, 0.1, 0.9, 0.9, 0.1, 0.1], [0.0, 0.8, 0.79, 0.9, 0.1, 0.1]])
+    three = torch.tensor([[0.0, 0.0, 0.0, 0.6, 0.0, 0.0], [0.0, 0.6, 0.0, 0.5, 0.0, 0.0]])
+    random_ids = torch.full_like(ids, 50)
+    found = soft_replace(ids, allowed, 99, rate=0.3, random_ids=random_ids, draws=(one, two, three))
+    assert found.tolist() == [[0, 99, 50, 3, 99, 5], [6, 7, 99, 9, 99, 11]]
+    into = 100 + ids
+    assert soft_replace(ids, allowed, into, rate=0.3, draws=(one, two, three)).tolist() == [
+        [0, 101, 2, 3, 104, 5],
+        [6, 7, 108, 9, 110, 11],
+    ]
+
+
+def test_soft_replacement_has_the_shares_that_it_promises_and_is_seeded():
+    ids = torch.zeros(200, 500, dtype=torch.long)
+    allowed = torch.arange(500) % 2 == 0
+    draw = [
+        soft_replace(ids, allowed.expand(200, -1), 1, random_ids=ids + 2, generator=torch.Generator().manual_seed(s))
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    share = [(draw[0][:, allowed] == value).float().mean().item() for value in (1, 2)]
+    assert share[0] == pytest.approx(0.08, abs=0.003) and share[1] == pytest.approx(0.01, abs=0.002)
+    assert (draw[0][:, ~allowed] == 0).all() and torch.equal(soft_replace(ids, ids == 0, 1, rate=0.0), ids)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        soft_replace(ids, ids == 0, 1, rate=1.2)

@@ -100,6 +100,10 @@ class SimCSE(Method):
         rows = self.used(texts.load(data, split))
         if limit is not None and limit < len(rows):
             rows = rows.subset(chosen(len(rows), limit, seed).tolist())
+        return self.tokenised(rows)
+
+    def tokenised(self, rows: texts.Texts) -> texts.Sentences:
+        """The rows as items to train on."""
         return texts.tokenise(rows, self.encoder.tokenizer, self.max_length, words=self.reads_words)
 
     def used(self, rows: texts.Texts) -> texts.Texts:

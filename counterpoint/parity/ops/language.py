@@ -8,6 +8,7 @@ from torch.nn.functional import gelu, linear
 from counterpoint import contrast
 from counterpoint.contrast import operands, whitening
 from counterpoint.contrast.adversarial import ascended, symmetric_cross_entropy
+from counterpoint.contrast.multimodal import Queues, multimodal_contrast, multimodal_pairs
 from counterpoint.contrast.replaced import replaced, replaced_token_loss
 from counterpoint.contrast.routing import load_balancing, specified_expert
 from counterpoint.encoders.experts import Expert, routed, sentence_logits
@@ -50,6 +51,44 @@ def esimcse_repeat_tokens(x: Inputs, p: dict[str, Any]) -> Outputs:
     repeated, mask = text.repeat_tokens(ids, torch.ones_like(ids), positions=positions, **options)
     bound = text.repeat_bound(torch.tensor([ids.shape[1]]), **options)
     return {"new_ids": repeated[mask.bool()], "num_dup_upper_exclusive": bound[0]}
+
+
+@op("cocosoda.multimodal_loss")
+def cocosoda_multimodal_loss(x: Inputs, p: dict[str, Any]) -> Outputs:
+    vectors = x["code_q"], x["nl_q"], x["code_k"], x["nl_k"]
+    names = ("code_queue", "nl_queue", "masked_code_queue", "masked_nl_queue")
+    options: dict[str, Any] = {"intra": p["intra_modal"], "scale": p["pos_scale"]}
+    before = Queues(*(x[name] for name in names))
+    contrasts = multimodal_pairs(*vectors, before, **options)
+    logits = [
+        operands.logit_matrix(pairs.query, torch.cat([pairs.key, pairs.negatives]), p["temperature"])
+        for pairs in contrasts
+        if pairs.negatives is not None
+    ]
+    temperature = p["temperature"] / p["logit_scale"]
+    found = {
+        "logits": torch.cat(logits),
+        "labels": torch.arange(len(vectors[0])).repeat(len(contrasts)),
+        "loss": multimodal_contrast(*vectors, before, temperature=temperature, **options),
+    }
+    for name, keys in zip(names, vectors, strict=True):
+        queue = Queue(keys.shape[1], p["queue_size"]).to(keys)
+        queue.bank, queue.pointer = x[name].clone(), torch.tensor(p["ptr"])
+        queue.enqueue(contrast.unit(keys.detach()))
+        found[f"new_{name}"], found["new_ptr"] = queue.keys, queue.pointer[None]
+    return found
+
+
+@op("cocosoda.soft_augment")
+def cocosoda_soft_augment(x: Inputs, p: dict[str, Any]) -> Outputs:
+    ids, mode = x["ids"], p["mode"]
+    special = torch.tensor([*p["special_ids"], p["pad_id"]])
+    allowed = ~torch.isin(ids, special) if mode in ("mask", "type") else ids == p["token_id"]
+    into = {"mask": p["mask_id"], "type": x["type_ids"], "special_type": p["token_id"], "special_mask": p["mask_id"]}
+    random_ids = x["random_ids"] if mode == "mask" else None
+    draws = x["u_select"], x["u_replace"], x["u_random"]
+    found = text.soft_replace(ids, allowed, into[mode], rate=p["probability"], random_ids=random_ids, draws=draws)
+    return {"ids": found}
 
 
 @op("moe-embeddings.clip_loss")
