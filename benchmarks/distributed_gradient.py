@@ -64,6 +64,11 @@ def alike_everywhere(s: Shard) -> Tensor:
     return s.labels[:, None] == gather_plain(s.labels).rows
 
 
+def noise_of(labels: Tensor) -> Tensor:
+    """Some log-probability of each item, which goes with its label."""
+    return -1 - labels.double().sin()
+
+
 def by_ring(loss: Callable[[Shard], Tensor]) -> Callable[[Shard], Tensor]:
     """The loss while key blocks travel from process to process."""
 
@@ -194,6 +199,33 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
     "clip_loss, label smoothing": lambda s: contrast.clip_loss(
         s.z1, s.z2, temperature=s.temperature, label_smoothing=0.2
     ),
+    "binary_nce": lambda s: contrast.binary_nce(s.z1, s.z2, temperature=s.temperature),
+    "binary_nce, known noise": lambda s: contrast.binary_nce(
+        s.z1, s.z2, temperature=s.temperature, log_noise=noise_of(s.labels), negatives=s.queue, negatives_log_noise=-2.0
+    ),
+    "binary_nce, pairs to ignore": lambda s: contrast.binary_nce(
+        s.z1, s.z2, temperature=s.temperature, hard_negatives=s.hard, log_noise=-2.0, ignore=s.ignore
+    ),
+    "ranking_nce, known noise": lambda s: contrast.ranking_nce(
+        s.z1, s.z2, temperature=s.temperature, log_noise=noise_of(s.labels), ignore=alike_everywhere(s)
+    ),
+    **{
+        f"triplet, {mining}": lambda s, mining=mining: contrast.triplet(
+            s.z1, s.z2, margin=0.5, temperature=s.temperature, mining=mining, hard_negatives=s.hard
+        )
+        for mining in ("hardest", "semi-hard", "all")
+    },
+    "triplet, pairs to ignore": lambda s: contrast.triplet(
+        s.z1, s.z2, margin=0.5, temperature=s.temperature, ignore=contrast.Same(s.labels, s.labels)
+    ),
+    "pair_margin": lambda s: contrast.pair_margin(s.z1, s.z2, temperature=s.temperature, negatives=s.queue),
+    "n_pair": lambda s: contrast.n_pair(s.z1, s.z2, temperature=s.temperature, l2=0.3),
+    **{
+        f"scored_{name}": lambda s, loss=loss: loss(
+            contrast.unit(s.z1) @ contrast.unit(s.queue).T / s.temperature, s.labels[:, None] % 3 == torch.arange(QUEUE)
+        )
+        for name, loss in contrast.SCORED_OBJECTIVES.items()
+    },
     "sigmoid_loss": lambda s: contrast.sigmoid_loss(s.z1, s.z2, temperature=s.temperature, bias=s.bias),
     "attraction": lambda s: attraction.attraction(torch.stack([s.z1, s.z2, s.z1 - s.z2])),
     "repulsion": lambda s: attraction.repulsion(torch.stack([s.z1, s.z2, s.z1 - s.z2])),

@@ -8,13 +8,22 @@ from counterpoint.contrast import distributed
 from counterpoint.contrast.clustering import assign, sinkhorn, swapped_prediction
 from counterpoint.contrast.geometry import alignment, effective_rank, score_stats, uniformity
 from counterpoint.contrast.kernels import executor, log_sum_exp, softmax_mean
+from counterpoint.contrast.margin import pair_margin, triplet
+from counterpoint.contrast.noise import binary_nce, ranking_nce
 from counterpoint.contrast.operands import unit
 from counterpoint.contrast.pairs import Pairs
 from counterpoint.contrast.prediction import negative_cosine
-from counterpoint.contrast.ranking import mnr, relabelled_clip
+from counterpoint.contrast.ranking import mnr, n_pair, relabelled_clip
 from counterpoint.contrast.redundancy import barlow_twins
 from counterpoint.contrast.regression import supremix, weighted_sup_con
 from counterpoint.contrast.relation import Listed, Mask, Relation, Same
+from counterpoint.contrast.scored import (
+    SCORED_OBJECTIVES,
+    scored_binary,
+    scored_objective,
+    scored_ranking,
+    scored_triplet,
+)
 from counterpoint.contrast.sigmoid import sigmoid_loss
 from counterpoint.contrast.softmax import clip_loss, coupling, dcl, dclw, info_nce, nt_xent, sup_con
 from counterpoint.contrast.spectral import spectral_contrastive
@@ -30,6 +39,11 @@ PAIR_OBJECTIVES: dict[str, Objective] = {
     "clip_loss": clip_loss,
     "relabelled_clip": relabelled_clip,
     "sigmoid_loss": sigmoid_loss,
+    "binary_nce": binary_nce,
+    "ranking_nce": ranking_nce,
+    "triplet": triplet,
+    "pair_margin": pair_margin,
+    "n_pair": n_pair,
 }
 """Objectives of two paired sets of embeddings, ``f(z1, z2, temperature=...)``: any method of pairs takes any of them."""
 
@@ -50,6 +64,7 @@ def objective(name: str | Objective) -> Objective:
 
 __all__ = [
     "PAIR_OBJECTIVES",
+    "SCORED_OBJECTIVES",
     "Listed",
     "Mask",
     "Objective",
@@ -59,6 +74,7 @@ __all__ = [
     "alignment",
     "assign",
     "barlow_twins",
+    "binary_nce",
     "clip_loss",
     "coupling",
     "dcl",
@@ -69,11 +85,18 @@ __all__ = [
     "info_nce",
     "log_sum_exp",
     "mnr",
+    "n_pair",
     "negative_cosine",
     "nt_xent",
     "objective",
+    "pair_margin",
+    "ranking_nce",
     "relabelled_clip",
     "score_stats",
+    "scored_binary",
+    "scored_objective",
+    "scored_ranking",
+    "scored_triplet",
     "sigmoid_loss",
     "sinkhorn",
     "softmax_mean",
@@ -81,6 +104,7 @@ __all__ = [
     "sup_con",
     "supremix",
     "swapped_prediction",
+    "triplet",
     "uniformity",
     "unit",
     "weighted_sup_con",

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from counterpoint.contrast.distributed import Gathered, Placed, by_ring, gather, place, world_size
+from counterpoint.contrast.distributed import Gathered, Placed, by_ring, gather, gather_plain, place, world_size
 from counterpoint.contrast.kernels import automatic
+from counterpoint.contrast.relation import Mask, Relation, Same
 from counterpoint.errors import InputError, NotFinite
 
 Temperature = float | Tensor
@@ -86,6 +87,40 @@ def two_views(z1, z2, temperature, normalize, travel: bool = False) -> tuple[Ten
 
 def own_rows(query: Tensor, keys: Gathered | Placed) -> Tensor:
     return torch.arange(keys.start, keys.start + len(query), device=query.device)
+
+
+def among_all(marks: Tensor, keys: Gathered | Placed) -> Tensor:
+    """Marks of this rank's keys ``[N, M]`` as columns among those of all ranks."""
+    everyone = torch.zeros(len(marks), keys.total, dtype=torch.bool, device=marks.device)
+    everyone[:, keys.start : keys.start + marks.shape[1]] = marks
+    return everyone
+
+
+def ignored_pairs(ignore: Relation | Tensor, keys: Gathered | Placed, n: int, local: int) -> Relation:
+    """What does not count, as a relation of n local queries and the keys of all ranks.
+
+    Args:
+        ignore: a relation, or bool ``[n, local]`` or ``[n, keys of all]``.
+        keys: of all ranks.
+        n: local queries.
+        local: keys of this rank.
+
+    Raises:
+        InputError: a matrix of another shape, or a relation that cannot say anything of other processes.
+    """
+    if isinstance(ignore, Tensor) and keys.ranks > 1 and ignore.shape == (n, keys.total):
+        return Mask(ignore.bool())
+    if isinstance(ignore, Tensor):
+        if ignore.shape != (n, local):
+            raise InputError(f"ignore must mark queries x keys, [{n}, {local}], not {list(ignore.shape)}")
+        return Mask(among_all(ignore.bool(), keys))
+    if keys.ranks > 1 and isinstance(ignore, Same):
+        return Same(ignore.row_ids, gather_plain(ignore.column_ids).rows)
+    if keys.ranks > 1:
+        raise InputError(
+            "a relation of this kind cannot say what to ignore on other processes: pass ignore as a bool matrix"
+        )
+    return ignore
 
 
 def fits_at_once(query: Tensor, keys: Gathered | Placed, gain: int = 1) -> bool:

@@ -1,4 +1,6 @@
-"""Multiple negatives ranking and its relative whose targets come from the embeddings themselves."""
+"""Multiple negatives ranking, N-pair, and a relative whose targets come from the embeddings themselves."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -6,6 +8,7 @@ from torch import Tensor
 from counterpoint.contrast.distributed import gather
 from counterpoint.contrast.kernels import log_sum_exp
 from counterpoint.contrast.operands import Temperature, check_pair, divide, reduce, unit, wide
+from counterpoint.contrast.relation import Relation
 from counterpoint.contrast.softmax import info_nce
 from counterpoint.errors import InputError
 
@@ -30,6 +33,61 @@ def mnr(a: Tensor, b: Tensor, *, scale: float = 20.0, normalize: bool = True, re
     if not scale > 0:
         raise InputError(f"scale must be positive, not {scale}")
     return info_nce(a, b, temperature=1 / scale, normalize=normalize, reduction=reduction)
+
+
+def n_pair(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: Temperature = 1.0,
+    l2: float = 0.002,
+    positives: Tensor | None = None,
+    negatives: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    ignore: Relation | Tensor | None = None,
+    in_batch: bool = True,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""InfoNCE of plain dot products in one direction, and a term that keeps the vectors from growing.
+
+    .. math::
+        \ell_i = \log \Big(1 + \sum_{j \ne i} e^{(f_i^\top f_j^+ - f_i^\top f_i^+)/\tau}\Big)
+        + \frac{\lambda}{4} \big(\lVert f_i \rVert^2 + \lVert f_i^+ \rVert^2\big)
+
+    With one negative it is a soft triplet loss: the hinge has become a softplus and the margin is gone. Lengths say how sure a
+    query is; without the second term they grow for ever.
+
+    Args:
+        query: ``[N, d]``.
+        key: ``[M, d]``.
+        temperature: of the dot products; the paper has none (1).
+        l2: lambda.
+        positives: int64 ``[N]``, the key row of each query; None pairs row i with key i.
+        negatives, hard_negatives, ignore, in_batch: as in `counterpoint.contrast.info_nce`.
+        normalize: False takes vectors as they are; on the unit sphere the second term is a constant.
+        reduction: "mean", "sum" or "none" ``[N]``.
+
+    Raises:
+        InputError: wrong shape or type, or a negative l2.
+
+    Source: Sohn 2016 (NeurIPS), equation 6 and section 3.2.2; 0.002 and the factor 1/4 are those of TensorFlow's
+    ``npairs_loss``.
+    """
+    if not l2 >= 0:
+        raise InputError(f"l2 cannot be negative, got {l2}")
+    given: dict[str, Any] = {
+        "negatives": negatives,
+        "hard_negatives": hard_negatives,
+        "ignore": ignore,
+        "in_batch": in_batch,
+    }
+    options: dict[str, Any] = {"temperature": temperature, "normalize": normalize, "reduction": reduction}
+    loss = info_nce(query, key, positives=positives, **given, **options)
+    ready = unit if normalize else wide
+    own = ready(key) if positives is None else ready(key)[positives]
+    lengths = ready(query).square().sum(1) + own.square().sum(1)
+    return loss + reduce(l2 / 4 * lengths, reduction)
 
 
 def relabelled_clip(

@@ -26,6 +26,7 @@ from counterpoint.contrast.distributed import (
 from counterpoint.contrast.kernels import log_sum_exp, ring
 from counterpoint.contrast.operands import (
     Temperature,
+    among_all,
     check_dimensions,
     check_matrix,
     check_pair,
@@ -33,6 +34,7 @@ from counterpoint.contrast.operands import (
     divide,
     einsum,
     fits_at_once,
+    ignored_pairs,
     logit_matrix,
     own_rows,
     reduce,
@@ -436,20 +438,13 @@ def _positives(positives, n: int, keys: Gathered | Placed, key: Tensor) -> tuple
             raise InputError(f"positives must mark queries x keys, [{n}, {local}], not {list(positives.shape)}")
         if not bool(positives.any(1).all()):
             raise InputError("positives leaves a query without any positive key")
-        return None, Mask(_among_all(positives, keys))
+        return None, Mask(among_all(positives, keys))
     index = positives[:, None] if positives.ndim == 1 else positives
     if index.is_floating_point() or index.ndim != 2 or len(index) != n:
         raise InputError(f"positives must be int64 [{n}], int64 [{n}, P] or bool [{n}, {local}]")
     if bool((index >= local).any()) or not bool((index >= 0).any(1).all()):
         raise InputError(f"positives must list, for every query, at least one key row below {local}")
     return index, Listed(torch.where(index < 0, -1, index + keys.start))
-
-
-def _among_all(marks: Tensor, keys: Gathered | Placed) -> Tensor:
-    """Marks of this rank's keys ``[N, M]`` as columns among those of all ranks."""
-    wide = torch.zeros(len(marks), keys.total, dtype=torch.bool, device=marks.device)
-    wide[:, keys.start : keys.start + marks.shape[1]] = marks
-    return wide
 
 
 def _positive_logits(query, key, index, positives, temperature) -> Tensor:
@@ -469,19 +464,7 @@ def _ignored(ignore, positives: Relation, decoupled: bool, keys: Gathered | Plac
     """Pairs that do not count in the denominator."""
     if ignore is None:
         return positives if decoupled else None
-    n, local = len(query), len(key)
-    if isinstance(ignore, Tensor) and keys.ranks > 1 and ignore.shape == (n, keys.total):
-        ignore = Mask(ignore.bool())
-    elif isinstance(ignore, Tensor):
-        if ignore.shape != (n, local):
-            raise InputError(f"ignore must mark queries x keys, [{n}, {local}], not {list(ignore.shape)}")
-        ignore = Mask(_among_all(ignore.bool(), keys))
-    elif keys.ranks > 1 and isinstance(ignore, Same):
-        ignore = Same(ignore.row_ids, gather_plain(ignore.column_ids).rows)
-    elif keys.ranks > 1:
-        raise InputError(
-            "a relation of this kind cannot say what to ignore on other processes: pass ignore as a bool matrix"
-        )
+    ignore = ignored_pairs(ignore, keys, len(query), len(key))
     return ignore | positives if decoupled else ignore & ~positives
 
 
