@@ -48,6 +48,9 @@ class Texts:
         label: int64 [N], 1 where anchor and positive belong together and 0 where they do not, if the data say so.
         domain: int64 [N], of which of the `domains` a row is, where there are several.
         domains: their names.
+        class_of: int64 [N, P], which of the `classes` each row belongs to, the first one before others, -1 fills up;
+            of single sentences only.
+        classes: what the classes are called, as one would say it.
     """
 
     columns: Mapping[str, Sequence[str]]
@@ -56,6 +59,8 @@ class Texts:
     label: np.ndarray | None = None
     domain: np.ndarray | None = None
     domains: tuple[str, ...] = ()
+    class_of: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.columns["anchor"])
@@ -64,8 +69,9 @@ class Texts:
         """The rows at `index`, in that order."""
         at = [int(i) for i in index]
         columns = {part: [column[i] for i in at] for part, column in self.columns.items()}
-        score, label, domain = (None if x is None else x[at] for x in (self.score, self.label, self.domain))
-        return replace(self, columns=columns, score=score, label=label, domain=domain)
+        names = ("score", "label", "domain", "class_of")
+        arrays = {name: x[at] for name in names if (x := getattr(self, name)) is not None}
+        return replace(self, columns=columns, **arrays)
 
     def sentences(self) -> list[str]:
         """Every distinct sentence of every column, in order of appearance."""
@@ -100,8 +106,9 @@ def load(
         columns: names of a table's sentence columns in the order anchor, positive, negative ...; None finds them by
             their names (``sentence`` or ``text``; ``sentence1`` and ``sentence2``; ``query`` and ``code``; ``anchor``,
             ``positive``, ``negative``, ``negative_2`` ...; a table of one column needs no name). A column ``score`` beside two
-            columns makes them scored pairs, a column ``label`` of 0 and 1 labelled ones. A column ``domain`` names the
-            domain of each row.
+            columns makes them scored pairs, a column ``label`` of 0 and 1 labelled ones. Beside a single column of sentences
+            a column ``label`` names the class of each row, and ``labels`` one or several, with | between them. A column
+            ``domain`` names the domain of each row.
         limit: at most so many rows, a seeded random subset.
         seed: of that subset.
         whole: keep every row, also empty and repeated ones, so that row i of the result is row i of the data (to embed
@@ -311,7 +318,33 @@ def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None
     answers = [[as_text(cell).strip() for cell in table[title]] for title in table if title.lower() == "label"]
     if len(titles) == 2 and score is None and answers and {*answers[0]} <= {"0", "1"}:
         label = np.array(answers[0], dtype=np.int64)
-    return replace(Texts(parts, score, name, label), **_domains(table, titles, name))
+    classes = _classes(table, titles) if len(titles) == 1 else {}
+    return replace(Texts(parts, score, name, label), **_domains(table, titles, name), **classes)
+
+
+def _classes(table: dict[str, list[Any]], titles: list[str]) -> dict[str, Any]:
+    """Numbers and names of the classes that a column ``label`` (or ``labels``, several with | between) gives each row."""
+    column = next(
+        (table[title] for title in table if title.lower() in ("label", "labels") and title not in titles), None
+    )
+    if column is None:
+        return {}
+    cells = [[name for part in as_text(cell).split("|") if (name := part.strip())] for cell in column]
+    return classed(cells, sorted({name for row in cells for name in row}))
+
+
+def classed(rows: Sequence[Sequence[str]], classes: Sequence[str]) -> dict[str, Any]:
+    """The fields `class_of` and `classes` of `Texts`, from the names of each row's classes.
+
+    Args:
+        rows: names of the classes of each row, the first one before others; a row of none has -1 alone.
+        classes: all names.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    class_of = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int64)
+    for row, names in zip(class_of, rows, strict=True):
+        row[: len(names)] = [number[name] for name in names]
+    return {"class_of": class_of, "classes": tuple(classes)}
 
 
 def _domains(table: dict[str, list[Any]], titles: list[str], name: str) -> dict[str, Any]:
@@ -526,7 +559,18 @@ def _paired(name: str) -> Callable[[str], Texts]:
     return load_pairs
 
 
+def _labelled(name: str) -> Callable[[str], Texts]:
+    def load_labelled(split: str) -> Texts:
+        from counterpoint.data import labelled  # which needs this module
+
+        return labelled.load(name, split)
+
+    return load_labelled
+
+
 PAIRS = "-pairs"
+LABELLED = ("arxiv-titles", "arxiv-abstracts", "trec", "subj", "sst2", "brown-genres")
+"""Sets whose texts have classes with names; see `counterpoint.data.labelled`."""
 DOMAINS = ("arxiv", "codenn", "cosqa", "multi30k", "mrpc", "sts", "same-statement", "same-topic")
 """Domains whose pairs have a name: ``arxiv-pairs`` and so on; see `counterpoint.data.domains`."""
 
@@ -540,6 +584,7 @@ NAMES: dict[str, Callable[[str], Texts]] = {
     "snli": _snli,
     "plain-sentences": _plain_sentences,
     **{name + PAIRS: _paired(name + PAIRS) for name in DOMAINS},
+    **{name: _labelled(name) for name in (*LABELLED, *(name + "-held" for name in LABELLED))},
 }
 """Known sets; each takes a split."""
 
@@ -596,7 +641,8 @@ class Sentences:
     A batch holds ``input_ids`` and ``attention_mask`` int64 [B, L] of the anchor, the same with the prefix
     ``positive_``, ``negative_``, ``negative_2_`` ... for further columns (each with its own L), ``index`` int64 [B],
     ``words`` int64 [B, L] (number of the word a token belongs to, -1 for none) and ``kinds`` (with the column's prefix) int64
-    [B, L] (of what kind a token is, -1 for none) if they were asked for, and ``domain`` int64 [B] where the data have domains.
+    [B, L] (of what kind a token is, -1 for none) if they were asked for, ``domain`` int64 [B] where the data have domains,
+    and ``label`` int64 [B, P] where they have classes (-1 fills up).
 
     Args:
         ids: token ids by column ("anchor", "positive", "negative" ...).
@@ -607,6 +653,8 @@ class Sentences:
         domain: int64 [N], of which of the `domains` a row is.
         domains: their names.
         kinds: by column, the kinds of its tokens.
+        class_of: int64 [N, P], which of the `classes` a row belongs to, -1 fills up.
+        classes: their names.
     """
 
     ids: dict[str, Ragged]
@@ -617,6 +665,8 @@ class Sentences:
     domain: Tensor | None = None
     domains: tuple[str, ...] = ()
     kinds: dict[str, Ragged] = field(default_factory=dict)
+    class_of: Tensor | None = None
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids["anchor"].offsets) - 1
@@ -643,15 +693,17 @@ class Sentences:
             batch["words"] = self.words.padded(at, -1)[0]
         if self.domain is not None:
             batch["domain"] = self.domain[at]
+        if self.class_of is not None:
+            batch["label"] = self.class_of[at]
         return batch
 
     def subset(self, index: Tensor | Sequence[int]) -> Sentences:
         """The rows at `index`, in that order."""
         at = torch.as_tensor(index, dtype=torch.int64, device=self.ids["anchor"].offsets.device)
         words = None if self.words is None else self.words.subset(at)
-        domain = None if self.domain is None else self.domain[at]
+        more = {name: x[at] for name in ("domain", "class_of") if (x := getattr(self, name)) is not None}
         ids, kinds = ({part: rows.subset(at) for part, rows in of.items()} for of in (self.ids, self.kinds))
-        return replace(self, ids=ids, words=words, domain=domain, kinds=kinds)
+        return replace(self, ids=ids, words=words, kinds=kinds, **more)
 
     def in_domains(self, names: Sequence[str]) -> Sentences:
         """The same rows with their domains numbered as `names` are.
@@ -672,9 +724,9 @@ class Sentences:
 
     def to(self, device: torch.device | str) -> Sentences:
         words = None if self.words is None else self.words.to(device)
-        domain = None if self.domain is None else self.domain.to(device)
+        more = {name: x.to(device) for name in ("domain", "class_of") if (x := getattr(self, name)) is not None}
         ids, kinds = ({part: rows.to(device) for part, rows in of.items()} for of in (self.ids, self.kinds))
-        return replace(self, ids=ids, words=words, domain=domain, kinds=kinds)
+        return replace(self, ids=ids, words=words, kinds=kinds, **more)
 
 
 Kinds = Callable[[str], Sequence[int] | np.ndarray]
@@ -744,9 +796,11 @@ def tokenise(
         truncated += cut
         if cut:
             log.warning("%s: %s of %s sentences cut to %d tokens", texts.name, f"{cut:,}", f"{count:,}", most)
-    domain = None if texts.domain is None else torch.from_numpy(np.asarray(texts.domain, np.int64))
-    numbered = found["words"].get("anchor")
-    return Sentences(ids, pad, numbered, texts.name, truncated, domain, texts.domains, found["kinds"])
+    domain, class_of = (
+        None if x is None else torch.from_numpy(np.array(x, np.int64)) for x in (texts.domain, texts.class_of)
+    )
+    known = (texts.domains, found["kinds"], class_of, texts.classes)
+    return Sentences(ids, pad, found["words"].get("anchor"), texts.name, truncated, domain, *known)
 
 
 def pad_of(tokenizer: Any) -> int:

@@ -15,7 +15,7 @@ from counterpoint.atomic import save_arrays
 from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
-from counterpoint.evaluate import code, dense, image_text, pairs, ranking, texts
+from counterpoint.evaluate import code, dense, image_text, labels, pairs, ranking, texts
 from counterpoint.evaluate.protocols import (
     Result,
     geometry,
@@ -47,8 +47,8 @@ def evaluate(
 ) -> list[Result]:
     """Measure a run by every protocol that fits its data, write ``evaluation.json`` and, of images, the report's gallery.
 
-    Sentences are measured on the STS sets, and on labelled pairs where the data hold any; code by where the answer to a
-    question stands; user histories by the rank of the held-out item, images by their labels, images with captions by
+    Sentences are measured on the STS sets, and on labelled pairs or texts where the data hold any; code by where the answer to
+    a question stands; user histories by the rank of the held-out item, images by their labels, images with captions by
     retrieval, gap and, where classes have names, zero-shot classification.
     Labels, where there are any, serve the protocols only: training has not seen them, unless the method says that it uses
     them. The classifiers of kNN and linear probe are fitted on the training items and scored on held-out ones: the data
@@ -92,15 +92,19 @@ def evaluate(
                 encoders.append(("bag of words", texts.bag_of_words))
             asked_pairs = [name for name in protocols or () if name.partition(":")[0] == pairs.PAIR_F1]
             asked_search = [name for name in protocols or () if name.partition(":")[0] == code.CODE_SEARCH]
-            others = [name for name in protocols or () if name not in (*asked_pairs, *asked_search)]
+            asked_labels = [name for name in protocols or () if name.partition(":")[0] in labels.PROTOCOLS]
+            others = [name for name in protocols or () if name not in (*asked_pairs, *asked_search, *asked_labels)]
             unseen = data is not None and not (isinstance(data, str | Path) and _place(data) == config["data"])
             options = {"own": unseen, "bag": not trained_only}
-            searching = protocols is None and (trained.searched is not None or code.is_code(source))
-            if asked_search or searching:
+            everything = protocols is None and trained.searched is None
+            if asked_search or (protocols is None and (trained.searched is not None or code.is_code(source))):
                 found += code.measure(subjects, source, asked_search or [code.CODE_SEARCH], **options)
-            if asked_pairs or (protocols is None and trained.searched is None):
+            if everything or asked_pairs:
                 found += pairs.measure(subjects, source, asked_pairs or None, **options)
-            if others or (protocols is None and trained.searched is None and not (data is not None and found)):
+            if everything or asked_labels:
+                options |= {"own": unseen or not trained.uses_labels, "trained_on": config["data"]}
+                found += labels.measure(subjects, source, asked_labels or None, **options)
+            if others or (everything and not (data is not None and found)):
                 found += texts.measure(encoders, others or None)
         case "histories":
             limit = config["fit"]["limit"] if data is None else None

@@ -7,7 +7,7 @@ import torch
 
 from counterpoint.data import Images, captions
 from counterpoint.errors import InputError
-from counterpoint.evaluate import code, image_text, pairs, ranking, texts
+from counterpoint.evaluate import code, image_text, labels, pairs, ranking, texts
 from counterpoint.evaluate.protocols import Result, knn
 from counterpoint.train.method import Method
 
@@ -17,8 +17,9 @@ Score = Callable[[Method], Result]
 def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0) -> Score:
     """What ``fit(validate=...)`` looks at, decided by what the method embeds.
 
-    Sentences: Spearman on the dev part of STS-B, or on their own, where the data are named pairs, F1max (code and questions:
-    mean reciprocal rank). Histories: NDCG@20 of each user's second-to-last item among all items.
+    Sentences: Spearman on the dev part of STS-B; on their own dev part F1max where the data are named pairs (code and
+    questions: mean reciprocal rank), and accuracy where the method learns the labels of a named set. Histories: NDCG@20 of
+    each user's second-to-last item among all items.
     Images with captions: R@1, the mean of both directions, on the validation part.
     Images: kNN accuracy of a fifth of the training images among the others, which needs labels (they choose the
     weights, and train nothing).
@@ -42,6 +43,8 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
                     )
             if pairs.labelled(data, "dev", own=False) is not None:
                 return lambda trained: pairs.score_of(data, trained)
+            if method.uses_labels and (of_labels := labels.scorer(data)) is not None:
+                return of_labels
             texts.texts.sts("stsb", "dev")  # say now, not after an epoch, that it is not here
             return lambda trained: texts.sts_b(trained.encode, split="dev")
         case "histories":

@@ -61,7 +61,13 @@ CATALOGUE: tuple[Entry, ...] = (
         "counterpoint.methods.language.whitenedcse:WhitenedCSE",
     ),
     Entry(6, "sepclr", "SepCLR: common and salient patterns apart", "vision"),
-    Entry(7, "primer", "Primer on contrastive pretraining for language", "language"),
+    Entry(
+        7,
+        "primer",
+        "Primer on contrastive pretraining for language",
+        "language",
+        "counterpoint.methods.language.primer:InputLabel",
+    ),
     Entry(
         8,
         "feature-transformation",

@@ -79,6 +79,8 @@ class DebCSE(SimCSE):
         **simcse: as in SimCSE.
     """
 
+    reads_pairs = False
+
     def __init__(
         self,
         start: str | None = None,

@@ -46,6 +46,8 @@ class ESimCSE(SimCSE):
         **simcse: as in SimCSE.
     """
 
+    reads_pairs = False
+
     def __init__(
         self,
         repetition: Literal["tokens", "words", "none"] = "tokens",

@@ -162,13 +162,14 @@ class MoEEmbeddings(SimCSE):
         return items
 
     def grouping(self, epoch: int, items: Any) -> Tensor | None:
+        super().grouping(epoch, items)
         return items.domain if self.batches == "domain" else None
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         domain = batch.get("domain")
-        sentences = [(self.encoder.marked(ids, domain), mask) for ids, mask in columns(batch)]
+        sentences = [(self.encoder.marked(ids, domain), mask) for ids, mask in columns(self.with_mined(batch))]
         pooled, routes = self.encoder.routed(*stack(sentences, self.encoder.pad))
         a, b, *negatives = self.head(pooled).tensor_split(len(sentences))
         terms = {"contrast": self.contrast(*self.swapped(a, b), negatives)}
@@ -201,6 +202,7 @@ class MoEEmbeddings(SimCSE):
         return self.heads(pairs, self.objective, temperature=self.temperature, **options)
 
     def after_step(self) -> None:
+        super().after_step()
         if self.learned:
             with torch.no_grad():
                 self.temperature.clamp_(min=COLDEST)  # type: ignore[attr-defined]

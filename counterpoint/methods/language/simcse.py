@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from counterpoint.data.images import chosen
 from counterpoint.encoders.several import Heads, Several
 from counterpoint.encoders.text import Pooling, tanh_head, text
 from counterpoint.errors import InputError
+from counterpoint.memory.mined import MinedNegatives, Mining
 from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.views.text import stack
@@ -55,14 +57,20 @@ class SimCSE(Method):
         head: the train-only linear layer with tanh; False contrasts the pooled vector itself.
         temperature: of the softmax.
         objective: "info_nce", or any other objective of two views by name ("nt_xent", "dcl", "clip_loss" ...); hard
-            negatives need "info_nce".
+            negatives need one that takes them ("info_nce", "binary_nce", "ranking_nce", "triplet", "pair_margin", "n_pair").
         mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
         heads: several train-only layers, by name ("several", "amcl"); see `counterpoint.encoders.several`.
+        mining: hard negatives from an index of all sentences that is renewed from time to time, by name ("ance",
+            "ance-filtered"); see `counterpoint.memory.mined`.
     """
 
     family = "sentences"
+    reads_pairs = True
+    """Whether the objective contrasts the columns of the data, so that further negatives can be put beside them."""
     reads_words = False
     """Whether batches say which word a token belongs to."""
+    items: Any
+    """The sentences that training draws from, kept where negatives are mined."""
 
     def __init__(
         self,
@@ -76,6 +84,7 @@ class SimCSE(Method):
         objective: str = "info_nce",
         mixing: tuple[Mixing, ...] = (),
         heads: Heads | None = None,
+        mining: Mining | None = None,
     ):
         super().__init__()
         self.encoder = text(encoder, pooling=pooling, layers=layers, dropout=dropout)
@@ -90,6 +99,13 @@ class SimCSE(Method):
         self.head = self.heads.each(partial(tanh_head, self.encoder.dim)) if head else torch.nn.Identity()
         self.objective, self.temperature = contrast.objective(objective), temperature
         self.mixing = Mixed(mixing, self.encoder.dim, type(self).__name__)
+        if mining is not None and not self.reads_pairs:
+            raise InputError(
+                f"{type(self).__name__} makes its own pairs of single sentences and takes no mined negatives: leave mining out"
+            )
+        if mining is not None and not takes_negatives(self.objective):
+            raise InputError(f"mined negatives need an objective that takes them, such as info_nce, not {objective}")
+        self.mined = None if mining is None else MinedNegatives(mining)
 
     def read(
         self, data: Any, split: str = "train", *, limit: int | None = None, seed: int = 0, resident: bool | None = None
@@ -124,8 +140,45 @@ class SimCSE(Method):
         return super().encode(data, batch_size=batch_size)
 
     def loss(self, batch: Batch) -> Tensor | dict[str, Tensor]:
-        query, key, *negatives = self.project(*columns(batch))
+        query, key, *negatives = self.project(*columns(self.with_mined(batch)))
         return self.contrast(query, key, negatives)
+
+    # ---- mined negatives --------------------------------------------------------------------------------------------
+
+    def grouping(self, epoch: int, items: Any) -> Tensor | None:
+        """Batches stay random; but here, before each epoch, is where all sentences are at hand and lists may be due."""
+        if self.mined is not None:
+            self.items = items
+            if self.mined.due("epochs", epoch):
+                self.mine(epoch)
+        return None
+
+    def after_step(self) -> None:
+        if self.mined is not None:
+            self.mined.steps += 1
+            if self.mined.choice.unit == "steps" and self.mined.due("steps", int(self.mined.steps)):
+                self.mine(int(self.mined.steps))
+
+    def mine(self, now: int) -> None:
+        """Embed all sentences with the present encoder, and list what is near to each."""
+        assert self.mined is not None
+        items = self.items
+        sides = [replace(items, ids={"anchor": rows}, words=None) for rows in [*items.ids.values()][:2]]
+        vectors = [self._rows(self.embed, side, "train", 256) for side in sides]
+        self.mined.refresh(vectors[0], vectors[1] if len(vectors) > 1 else None, now, items.domain)
+
+    def with_mined(self, batch: Batch) -> Batch:
+        """The batch with columns of mined negatives behind its own, once there are any."""
+        rows = None if self.mined is None else self.mined.draw(batch["index"])
+        if rows is None:
+            return batch
+        found, place = dict(batch), self.items.ids.get("positive", self.items.ids["anchor"])
+        for name in ("input_ids", "attention_mask"):
+            found.setdefault(f"positive_{name}", batch[name])
+        for number, column in enumerate(rows.unbind(1)):
+            ids, mask = place.padded(column.to(place.flat.device), self.items.pad)
+            found |= {f"mined_{number}_input_ids": ids, f"mined_{number}_attention_mask": mask}
+        return self.to_device(found)
 
     def project(self, *sentences: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """[B, D] for each (ids, mask) [B, L], all in one pass."""

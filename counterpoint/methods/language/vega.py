@@ -74,6 +74,7 @@ class Vega(SimCSE):
         **simcse: as in SimCSE.
     """
 
+    reads_pairs = False
     special: Tensor
 
     def __init__(

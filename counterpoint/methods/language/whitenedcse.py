@@ -50,6 +50,8 @@ class WhitenedCSE(SimCSE):
         **simcse: as in SimCSE.
     """
 
+    reads_pairs = False
+
     def __init__(
         self,
         copies: int = 3,
