@@ -1,6 +1,8 @@
 """Pages and README do what they say: their Python runs, their table is current."""
 
+import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -35,6 +37,28 @@ def test_adding_a_method_works_literally(tmp_path, monkeypatch):
         assert names["vectors"].shape[0] == 64 and (tmp_path / "runs" / "adaptive" / "config.yaml").is_file()
     finally:
         sys.modules.pop("mymethod", None)
+
+
+def test_whatever_the_taxonomy_names_is_there():
+    from counterpoint import contrast
+    from counterpoint.evaluate import labels, pairs
+    from counterpoint.evaluate import texts as sentences
+    from counterpoint.memory.mined import NAMED
+
+    text = (ROOT / "docs" / "taxonomy.md").read_text(encoding="utf-8")
+    named = {*re.findall(r"`(counterpoint\.[\w.]+)`", text), *re.findall(r"^::: ([\w.]+)$", text, re.M)}
+    assert len(named) > 35
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        thing = getattr(importlib.import_module(module), attribute)
+        assert inspect.getdoc(thing), name
+    protocols = {*re.findall(r"`(\w[\w-]+)`", text.split("## How it is known to work")[1].split("## The functions")[0])}
+    assert protocols == {*labels.PROTOCOLS, *sentences.PROTOCOLS, pairs.PAIR_F1}
+    listed = text.split("The names `")[1].split("are objectives")[0]
+    assert {*re.findall(r"(\w+)`", listed)} == contrast.PAIR_OBJECTIVES.keys()
+    assert {*re.findall(r"--mining ([\w-]+)`", text)} == NAMED.keys()
+    for function, argument in re.findall(r"`(\w+)=` (?:and `(?:\w+)=` )?of `counterpoint\.contrast\.(\w+)`", text):
+        assert function in inspect.signature(getattr(contrast, argument)).parameters
 
 
 def test_the_readme_table_is_current(monkeypatch):
