@@ -41,9 +41,9 @@ class Vega(SimCSE):
         counterpoint train vega --data corpus.txt --start runs/phase1
 
     When to use it: to train an encoder of text from scratch (or to go on with one on text of a domain) that will be fine-tuned,
-    and be used as a sentence encoder too. The fine-tuning tricks of the paper (smoothness under perturbed embeddings,
-    pseudo-labels, softened labels) are parts of text fine-tuning. With a good pretrained encoder and no
-    tokens to learn about, SimCSE does the same for a third of the cost.
+    and be used as a sentence encoder too. The paper's tricks of fine-tuning (smoothness under perturbed embeddings,
+    pseudo-labels, softened labels) need labels and are no part of it; the first is `counterpoint.encoders.perturbed.Sift`.
+    With a good pretrained encoder and no tokens to learn about, SimCSE does the same for a third of the cost.
 
     Defaults: lambda 10 and 15 % as released for replaced token detection (ELECTRA: 50), beta 1 (assumed), temperature 0.05,
     [CLS] pooling, sentences of 64 tokens. The paper's encoder has disentangled attention (``microsoft/deberta-v3-*``, or a fresh
