@@ -126,7 +126,7 @@ def train(argv: list[str]) -> int:
         )
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     written.pop("method", None)
-    for key in ("heads", "views", "other_views", "small_views", "mixing", "mining"):
+    for key in ("heads", "views", "other_views", "small_views", "mixing", "mined"):
         argv, value = _take(argv, f"--{key}")
         written |= {key: value} if value else {}
     recipe = recipes.experiment(name, **written)

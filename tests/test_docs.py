@@ -56,7 +56,7 @@ def test_whatever_the_taxonomy_names_is_there():
     assert protocols == {*labels.PROTOCOLS, *sentences.PROTOCOLS, pairs.PAIR_F1}
     listed = text.split("The names `")[1].split("are objectives")[0]
     assert {*re.findall(r"(\w+)`", listed)} == contrast.PAIR_OBJECTIVES.keys()
-    assert {*re.findall(r"--mining ([\w-]+)`", text)} == NAMED.keys()
+    assert {*re.findall(r"--mined ([\w-]+)`", text)} == NAMED.keys()
     for function, argument in re.findall(r"`(\w+)=` (?:and `(?:\w+)=` )?of `counterpoint\.contrast\.(\w+)`", text):
         assert function in inspect.signature(getattr(contrast, argument)).parameters
 

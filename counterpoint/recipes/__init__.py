@@ -125,7 +125,7 @@ def _sort(name: str, cls: type, recipe: dict[str, Any], data: Any) -> tuple[dict
 
 
 def _named(key: str, value: Any) -> Any:
-    """Views, heads, mixing and mining may be named: ``views: simclr-small``, ``mixing: mochi``."""
+    """Views, heads, mixing and mined negatives may be named: ``views: simclr-small``, ``mixing: mochi``."""
     if key == "mixing":
         from counterpoint.memory.mixing import NAMED
 
@@ -142,13 +142,13 @@ def _named(key: str, value: Any) -> Any:
 
         value = yaml.safe_load(value)
         return _of("heads", value, HEADS) if isinstance(value, str) else value
-    if key == "mining" and isinstance(value, str):
+    if key == "mined" and isinstance(value, str):
         import yaml
 
         from counterpoint.memory.mined import NAMED as MINING
 
         value = yaml.safe_load(value)
-        return _of("mining", value, MINING) if isinstance(value, str) else value
+        return _of("way to mine", value, MINING) if isinstance(value, str) else value
     if key.endswith("views") and isinstance(value, str):
         from counterpoint import views
 

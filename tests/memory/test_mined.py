@@ -113,7 +113,7 @@ def test_lists_are_in_the_checkpoint_whatever_their_size():
 def build(seed=0, cls=SimCSE, mining=None, **options):
     torch.manual_seed(seed)
     choice = mining or Mining(window=(0, 5), duplicate=0.999, after=0)
-    return cls(**{"encoder": dict(TINY), "max_length": 40, "dropout": 0.0, "mining": choice, **options}).train()
+    return cls(**{"encoder": dict(TINY), "max_length": 40, "dropout": 0.0, "mined": choice, **options}).train()
 
 
 @pytest.mark.parametrize("data", [PAIRS, [a for a, _ in PAIRS]])
@@ -204,12 +204,12 @@ def test_a_stopped_training_goes_on_exactly(tmp_path, monkeypatch, choice):
 
 
 def test_it_has_names_in_recipes():
-    method = experiment("simcse", encoder=dict(TINY), max_length=40, mining="ance-filtered").build(0)
+    method = experiment("simcse", encoder=dict(TINY), max_length=40, mined="ance-filtered").build(0)
     assert method.mined.choice == Mining(window=(0, 200), below=0.95)
-    method = experiment("simcse", encoder=dict(TINY), max_length=40, mining="{every: 3, window: [2, 9]}").build(0)
+    method = experiment("simcse", encoder=dict(TINY), max_length=40, mined="{every: 3, window: [2, 9]}").build(0)
     assert method.mined.choice == Mining(every=3, window=(2, 9))
-    with pytest.raises(InputError, match='no mining named "anse"; did you mean ance'):
-        experiment("simcse", mining="anse")
+    with pytest.raises(InputError, match='no way to mine named "anse"; did you mean ance'):
+        experiment("simcse", mined="anse")
 
 
 @pytest.mark.parametrize(

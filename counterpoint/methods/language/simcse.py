@@ -60,7 +60,7 @@ class SimCSE(Method):
             negatives need one that takes them ("info_nce", "binary_nce", "ranking_nce", "triplet", "pair_margin", "n_pair").
         mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
         heads: several train-only layers, by name ("several", "amcl"); see `counterpoint.encoders.several`.
-        mining: hard negatives from an index of all sentences that is renewed from time to time, by name ("ance",
+        mined: hard negatives from an index of all sentences that is renewed from time to time, by name ("ance",
             "ance-filtered"); see `counterpoint.memory.mined`.
     """
 
@@ -84,7 +84,7 @@ class SimCSE(Method):
         objective: str = "info_nce",
         mixing: tuple[Mixing, ...] = (),
         heads: Heads | None = None,
-        mining: Mining | None = None,
+        mined: Mining | None = None,
     ):
         super().__init__()
         self.encoder = text(encoder, pooling=pooling, layers=layers, dropout=dropout)
@@ -99,13 +99,13 @@ class SimCSE(Method):
         self.head = self.heads.each(partial(tanh_head, self.encoder.dim)) if head else torch.nn.Identity()
         self.objective, self.temperature = contrast.objective(objective), temperature
         self.mixing = Mixed(mixing, self.encoder.dim, type(self).__name__)
-        if mining is not None and not self.reads_pairs:
+        if mined is not None and not self.reads_pairs:
             raise InputError(
-                f"{type(self).__name__} makes its own pairs of single sentences and takes no mined negatives: leave mining out"
+                f"{type(self).__name__} makes its own pairs of single sentences and takes no mined negatives: leave mined out"
             )
-        if mining is not None and not takes_negatives(self.objective):
+        if mined is not None and not takes_negatives(self.objective):
             raise InputError(f"mined negatives need an objective that takes them, such as info_nce, not {objective}")
-        self.mined = None if mining is None else MinedNegatives(mining)
+        self.mined = None if mined is None else MinedNegatives(mined)
 
     def read(
         self, data: Any, split: str = "train", *, limit: int | None = None, seed: int = 0, resident: bool | None = None
