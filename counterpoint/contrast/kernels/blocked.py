@@ -8,6 +8,7 @@ Inside, logits are counted in bits (times log2 e): `torch.exp2` takes a third of
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,7 +160,7 @@ class _Tiles:
         self.plain = self.on_cpu = query.device.type == "cpu"  # elsewhere to ask would make the device wait
         if self.on_cpu:
             factor = float(scale)
-            self.scale: float | Tensor = factor * unit
+            self.scale: Any = factor * unit
             longest = query.norm(dim=1).amax()
             self.largest = factor * float(longest * (longest if other is query else other.norm(dim=1).amax()))
             self.plain = log_weight is None and self.largest < SAFE

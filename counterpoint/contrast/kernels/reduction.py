@@ -413,7 +413,9 @@ class _SoftplusSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return *softplus_backward(*ctx.saved_tensors, gradient, *ctx.how), *[None] * len(ctx.how)
+        query, key, scale, bias = ctx.saved_tensors
+        executor, precision = ctx.how
+        return *softplus_backward(query, key, scale, bias, gradient, executor, precision), None, None
 
 
 @torch.library.custom_op("counterpoint::softplus_sum", mutates_args=())
