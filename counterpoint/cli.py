@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -97,8 +98,9 @@ def methods(argv: list[str]) -> int:
 def train(argv: list[str]) -> int:
     from shlex import join
 
-    from counterpoint import recipes
+    from counterpoint import methods, recipes
     from counterpoint.train import fit, resume
+    from counterpoint.train.method import typed
     from counterpoint.train.run import next_folder
 
     command = join(["counterpoint", "train", *argv])
@@ -130,6 +132,7 @@ def train(argv: list[str]) -> int:
         argv, value = _take(argv, f"--{key}")
         written |= {key: value} if value else {}
     recipe = recipes.experiment(name, **written)
+    typed(methods.get(recipe.method), recipe.model)  # its words about a wrong part are clearer than a parser's
     chosen = _train_options(name, recipe, argv)
     data = chosen.pop("data")
     if data is None:
@@ -446,10 +449,12 @@ def _show_comparison(comparison: Any) -> None:
         table.add_column(protocol, justify="right")
     table.add_column("minutes", justify="right")
     table.add_column("memory MB", justify="right")
+    table.add_column("items seen", justify="right")
     for row in comparison.rows():
         cells = [f"{row[p]['mean']:.2f} ± {row[p]['deviation']:.2f}" if p in row else "" for p in comparison.protocols]
         cost = [f"{row['minutes']:.2f}", f"{row['memory_mb']:,}"] if "minutes" in row else ["", ""]
-        table.add_row(row["name"], *cells, *cost)
+        seen = f"{row['items']:,}" if "items" in row else ""
+        table.add_row(row["name"], *cells, *cost, seen)
     Console().print(table)
 
 
@@ -496,8 +501,7 @@ def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
     try:
         values = parser.parse_args([token for token in argv if token != "--print_config"])
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
-        message = str(getattr(error, "message", error)).strip().splitlines()
-        raise InputError(f"{name}: {' '.join(line.strip() for line in message)}") from error
+        raise InputError(f"{name}: {_said(str(getattr(error, 'message', error)))}") from error
     if values.data is not None and not _given("--image_size", argv) and "image_size" not in recipe.model:
         with suppress(KeyError):  # a method without views of images
             values["image_size"] = recipes.size_for(values.data, values["image_size"])
@@ -507,6 +511,20 @@ def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
     new = hasattr(parser, "instantiate")  # the older name goes with jsonargparse 5
     built = parser.instantiate(values) if new else parser.instantiate_classes(values)
     return {key: built[key] for key in vars(built)}
+
+
+def _said(message: str) -> str:
+    """What the parser of typed flags found wrong, in one sentence of ours."""
+    text = " ".join(message.split())
+    found = re.fullmatch(r'Parser key "([\w.]+)": Expected an? (.+?)\. Got value: (.*)', text)
+    if found is None:
+        return text
+    key, wanted, value = found.groups()
+    if choices := re.findall(r"'([^']*)'", wanted) if wanted.startswith("typing.Literal") else []:
+        return f"{key} must be one of {', '.join(choices)}, not {value}{nearest(value, choices)}"
+    words = {"<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false"}
+    words |= {"<class 'tuple'>": "a list such as [512, 128]", "<class 'str'>": "a word"}
+    return f"{key} must be {words.get(wanted, wanted.replace('tuple with', 'a list of'))}, not {value}"
 
 
 class _Parser(argparse.ArgumentParser):

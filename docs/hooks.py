@@ -6,6 +6,7 @@ MkDocs calls the `on_*` functions. Nothing here needs the network, and pages loa
 - A line ``<!-- methods -->`` becomes the table of methods.
 - ``$...$`` and ``$$...$$`` become MathML.
 - A line ``<!-- comparisons -->`` becomes a table for every record in ``results/comparisons/``.
+- A line ``<!-- leaderboard -->`` becomes the table and plot of ``results/comparisons/vision-leaderboard.json``.
 - A line ``<!-- benchmark NAME -->`` becomes what ``results/benchmarks/NAME.json`` holds, as a table (and curves).
 - A line ``<!-- study SLUG: METRIC, METRIC -->`` becomes a table of these means, one row an arm of that study's record.
 - A line ``<!-- combinations -->`` becomes the tables of ``combinations.yaml``: which part goes with which method.
@@ -30,6 +31,9 @@ from mkdocs.structure.pages import Page
 
 from counterpoint import methods, results
 from counterpoint.errors import InputError
+
+LEADERBOARD = "vision-leaderboard"
+"""Name of the comparison of all image methods, which has a page of its own."""
 
 VERDICTS = {"reproduced": "reproduced", "not_reproduced": "not reproduced", "untestable": "cannot be tested here"}
 
@@ -59,6 +63,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(r"^<!-- methods -->$", lambda _: _methods_table("methods/"), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- combinations -->$", lambda _: _combinations(), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- comparisons -->$", lambda _: _comparisons(), markdown, flags=re.M)
+    markdown = re.sub(r"^<!-- leaderboard -->$", lambda _: _leaderboard(), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- benchmark (\w+) -->$", lambda found: _benchmark(found[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- study (\S+): (.+) -->$", lambda found: _arms(found[1], found[2]), markdown, flags=re.M)
     markdown = re.sub(r"^::: ([\w.]+)$", lambda found: _reference(found[1]), markdown, flags=re.M)
@@ -232,6 +237,8 @@ def _evidence(slug: str) -> str:
         said.append("No study has been recorded for it.")
     else:
         said += _study(study)
+    for further in _further(slug):
+        said += [f"### {further['slug']}", *_study(further)]
     said += _compared(slug)
     return "\n\n".join(said) + "\n"
 
@@ -278,21 +285,63 @@ def _comparisons() -> str:
     """One table a recorded comparison; what learned nothing comes first."""
     parts = []
     for name, record in _records().items():
-        shared = record["shared"]
-        items = f"{shared['limit']:,} items" if shared["limit"] else "all items"
-        parts.append(
-            f"## {name}\n\n{shared['data']}, {items}, encoder {shared['encoder']}, {shared['epochs']} epochs, batch "
-            f"{shared['batch_size']}, seeds {', '.join(map(str, record['seeds']))}; {record['environment']['device']}, "
-            f"torch {record['environment']['torch']}. Record: `results/comparisons/{name}.json`.\n"
-        )
+        if name == LEADERBOARD:
+            continue
+        parts.append(f"## {name}\n\n{_settings(name, record)}\n")
         protocols = [key for key in record["rows"][0] if key != "name"]
         parts.append(f"| | {' | '.join(protocols)} | minutes | memory |\n|---|{'---|' * (len(protocols) + 2)}")
-        for row in record["rows"]:
-            cells = [f"{row[key]['mean']:.1f} ± {row[key]['deviation']:.1f}" for key in protocols]
-            cost = [f"{row['minutes']:.1f}", f"{row['memory_mb']:,} MB"] if "minutes" in row else ["", ""]
-            parts.append(f"| {row['name']} | {' | '.join(cells + cost)} |")
+        parts += [f"| {row['name']} | {' | '.join(_cells(row, protocols))} |" for row in record["rows"]]
         parts.append("")
     return "\n".join(parts) if parts else "None recorded yet."
+
+
+def _settings(name: str, record: dict[str, Any]) -> str:
+    """What all rows of a comparison have in common."""
+    shared = record["shared"]
+    items = f"{shared['limit']:,} items" if shared["limit"] else "all items"
+    length = f"{shared['steps']:,} steps" if shared.get("steps") else f"{shared['epochs']} epochs"
+    return (
+        f"{shared['data']}, {items}, encoder {shared['encoder']}, {length}, batch {shared['batch_size']}, seeds "
+        f"{', '.join(map(str, record['seeds']))}; {record['environment']['device']}, torch "
+        f"{record['environment']['torch']}. Record: `results/comparisons/{name}.json`."
+    )
+
+
+def _cells(row: dict[str, Any], protocols: list[str]) -> list[str]:
+    """Values, minutes and memory of one row of a comparison."""
+    cells = [f"{row[key]['mean']:.1f} ± {row[key]['deviation']:.1f}" if key in row else "" for key in protocols]
+    return cells + ([f"{row['minutes']:.1f}", f"{row['memory_mb']:,} MB"] if "minutes" in row else ["", ""])
+
+
+def _leaderboard() -> str:
+    """All image methods at one budget: what learned nothing first, then the others from best to worst by the linear probe."""
+    path = results.folder() / "comparisons" / f"{LEADERBOARD}.json"
+    record = results.read(path)
+    if record is None:
+        return "*Not recorded yet.* The command below writes the record from which this table is made."
+    protocols = [key for key in ("knn-200-0.1", "linear-offline") if key in record["rows"][0]]
+    still = [row for name in ("untrained", "raw pixels") for row in record["rows"] if row["name"] == name]
+    trained = [row for row in record["rows"] if "minutes" in row]
+    trained.sort(key=lambda row: row[protocols[-1]]["mean"], reverse=True)
+    rows = [
+        f"| | | {' | '.join(protocols)} | minutes | memory | images seen |",
+        "|---|" + "---|" * (len(protocols) + 4),
+    ]
+    for place, row in enumerate([*still, *trained], 1 - len(still)):
+        name = {"untrained": "untrained encoder"}.get(row["name"], row["name"])
+        seen = f"{row['items']:,}" if "items" in row else ""
+        slug = _all_recipes().get(row["name"], {}).get("method", row["name"])
+        if "minutes" in row and any(line.slug == slug for line, _ in _ready()):
+            name = f"[{methods.entry(slug).title.partition(':')[0]}](methods/{slug}.md)"
+        rows.append(f"| {place if place > 0 else ''} | {name} | {' | '.join(_cells(row, protocols))} | {seen} |")
+    plot = path.with_suffix(".svg")
+    picture = _inline(plot.read_text(encoding="utf-8")) if plot.is_file() else ""
+    return f"{_settings(LEADERBOARD, record)}\n\n" + "\n".join(rows) + f"\n\n{picture}"
+
+
+def _inline(picture: str) -> str:
+    """An SVG file as part of a page."""
+    return '<div class="figure">' + picture[picture.index("<svg") :].replace("\n", " ") + "</div>"
 
 
 def _compared(slug: str) -> list[str]:
@@ -306,8 +355,17 @@ def _compared(slug: str) -> list[str]:
                     for key, value in row.items()
                     if isinstance(value, dict)
                 )
-                said.append(f"- `{row['name']}` in [{name}](../comparisons.md#{name}): {values}")
+                place = "leaderboard.md" if name == LEADERBOARD else f"comparisons.md#{name}"
+                said.append(f"- `{row['name']}` in [{name}](../{place}): {values}")
     return ["Measured side by side, mean and deviation over seeds:\n\n" + "\n".join(said)] if said else []
+
+
+def _further(slug: str) -> list[dict[str, Any]]:
+    """Recorded studies that belong to a method besides the one of its name: SLUG-MORE.json, where that is no method."""
+    taken = {line.slug for line in (*methods.BASELINES, *methods.CATALOGUE)}
+    stems = [path.stem for path in sorted((results.folder() / "studies").glob(f"{slug}-*.json"))]
+    found = [(stem, results.study(stem)) for stem in stems if stem not in taken]
+    return [{"slug": stem, **record} for stem, record in found if record is not None]
 
 
 def _study(study: dict[str, Any]) -> list[str]:
@@ -402,8 +460,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg")
     pyplot.close(figure)
-    picture = drawn.getvalue()
-    return '<div class="figure">' + picture[picture.index("<svg") :].replace("\n", " ") + "</div>"
+    return _inline(drawn.getvalue())
 
 
 def _ring(record: dict[str, Any]) -> str:

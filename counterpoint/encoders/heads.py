@@ -76,12 +76,12 @@ def simclr_projector(dim: int, hidden: int = 2048, out: int = 128) -> nn.Sequent
     return mlp(dim, hidden, out, norm="bn")
 
 
-def moco_projector(dim: int, hidden: int | None = None, out: int = 128) -> nn.Sequential:
-    """Linear - ReLU - Linear; hidden None is `dim` (2048 for a ResNet-50).
+def moco_projector(dim: int, hidden: int | None = None, out: int = 128, layers: int = 2) -> nn.Sequential:
+    """Linear - ReLU - Linear; hidden None is `dim` (2048 for a ResNet-50). One layer is the linear map of MoCo v1.
 
-    Source: Chen et al. 2020 (arXiv 2003.04297), section 3.
+    Source: Chen et al. 2020 (arXiv 2003.04297), section 3; version 1: He et al. 2020 (arXiv 1911.05722).
     """
-    return mlp(dim, hidden or dim, out)
+    return mlp(dim, hidden or dim, out, layers=layers)
 
 
 def byol_projector(dim: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:

@@ -156,11 +156,14 @@ def _named(key: str, value: Any) -> Any:
             import yaml
 
             return yaml.safe_load(value)
-        return None if value == "none" else _of("views", value, views.NAMED)
+        small = key == "small_views"
+        known = {name: kind for name, kind in views.NAMED.items() if isinstance(kind, views.MultiCrop) == small}
+        return None if value == "none" else _of("small views" if small else "views", value, known)
     return value
 
 
 def _of(what: str, name: str, known: dict[str, Any]) -> Any:
     if name not in known:
-        raise InputError(f'no {what} named "{name}"{nearest(name, known)}; there are {", ".join(known)}')
+        hint = nearest(name, known)
+        raise InputError(f'no {what} named "{name}"{hint}{" T" if hint else "; t"}here are {", ".join(known)}')
     return known[name]

@@ -11,6 +11,7 @@ from typing import Any
 from counterpoint.errors import InputError
 from counterpoint.recipes import Experiment, plain
 from counterpoint.train import Run, fit, resume
+from counterpoint.train.checkpoint import load_state
 
 BEST = "best on validation"
 
@@ -26,8 +27,8 @@ def run_arm(
     """Train and evaluate one arm in ``folder``; goes on with a run that was stopped, reads one that is complete.
 
     Returns:
-        ``{"results": {protocol: {subject: value}}, "minutes": .., "memory_mb": .., "coupling": .., "seed": ..}``; with
-        ``"recorded"`` the means over training of the geometry and scores, and with ``"detail"`` in the place of
+        ``{"results": {protocol: {subject: value}}, "minutes": .., "memory_mb": .., "items": .., "coupling": ..,
+        "seed": ..}``; with ``"recorded"`` the means over training of the geometry and scores, and with ``"detail"`` in the place of
         ``"results"`` the further numbers of each result, by their names
     """
     if experiment.fit.get("devices", 1) > 1:
@@ -70,6 +71,7 @@ def run_arm(
         "results": _measured(run, protocols, trained_only),
         "minutes": round(minutes, 3),
         "memory_mb": round(memory),
+        "items": items_seen(run),
         "coupling": mean_of(run, "coupling"),
         "recorded": {name: mean_of(run, name) for name in recorded(run)},
     }
@@ -118,6 +120,15 @@ def peak_memory_mb() -> float:
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
     unit = 2**10 if sys.platform != "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def items_seen(run: Run) -> int:
+    """Items in all steps of a finished training, an item as often as it was drawn; views come on top.
+
+    An incomplete last accumulation of an epoch counts as a whole one.
+    """
+    fit, steps = run.config["fit"], load_state(run.checkpoint)["global_step"]
+    return steps * fit["accumulate"] * fit["batch_size"]
 
 
 def mean_of(run: Run, name: str) -> float | None:

@@ -8,10 +8,12 @@ from counterpoint import methods
 from counterpoint.errors import InputError
 from counterpoint.recipes import Experiment, experiment, fit_options, model_options, size_for
 from counterpoint.studies.arms import BEST, interval, run_arm
+from counterpoint.train.batches import Batches
+from counterpoint.train.method import Method
 
 SHARED = (
     *("data", "limit", "encoder", "pretrained", "image_size", "channels", "text", "layers", "pooling", "max_length"),
-    *("epochs", "batch_size", "accumulate", "precision", "validate", "patience"),
+    *("epochs", "steps", "batch_size", "accumulate", "precision", "validate", "patience"),
 )
 
 
@@ -44,6 +46,8 @@ class Comparison:
             arms = self.arms[name]
             row = {"name": name, "minutes": interval([arm["minutes"] for arm in arms])[0]}
             row["memory_mb"] = max(arm["memory_mb"] for arm in arms)
+            if all("items" in arm for arm in arms):  # those of an earlier version do not say
+                row["items"] = arms[0]["items"]
             for protocol in self.protocols:
                 row[protocol] = _spread([arm["results"][protocol]["trained"] for arm in arms])
             rows.append(row)
@@ -99,6 +103,9 @@ def compare(
 ) -> Comparison:
     """Train and evaluate every named recipe or method at one budget.
 
+    Equal are the items that training sees (epochs or steps, and batch size), not the time: views of an item are the method's
+    own choice, and what they cost stands in the columns of minutes and memory.
+
     Args:
         names: recipes or methods.
         seeds: of weights, order and views; the same for all.
@@ -115,6 +122,7 @@ def compare(
             raise InputError(f"compare takes each method and seed once, not {' '.join(map(str, given))}")
     experiments = {name: _sized(experiment(name, **(changes or {}))) for name in names}
     shared = _shared(experiments)
+    _check_epochs(experiments)
     arms: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
         for name, arm in experiments.items():
@@ -138,16 +146,39 @@ def _shared(experiments: dict[str, Experiment]) -> dict[str, Any]:
         defaults = {**fit_options(), **model_options(methods.get(item.method))}
         settings[name] = {**defaults, **item.fit, **item.model, "data": item.data}
     first, *others = settings
+    # layers are those of the encoder where it reads sequences; elsewhere of a projector, which is the method's own choice
+    shared = [key for key in SHARED if key != "layers" or "max_length" in settings[first]]
     for other in others:
-        for key in SHARED:
-            if settings[first].get(key) != settings[other].get(key):
+        for key in shared:
+            if (settings[first].get(key) or None) != (
+                settings[other].get(key) or None
+            ):  # not to have it is not to use it
                 raise InputError(
                     f"{first} and {other} differ in {key} ({settings[first].get(key)} and {settings[other].get(key)}), "
                     f"so they cannot be compared fairly; give --{key} for both"
                 )
     if settings[first]["data"] is None:
         raise InputError("compare needs data: give --data")
-    return {key: settings[first].get(key) for key in SHARED}
+    return {key: settings[first].get(key) for key in shared}
+
+
+def _check_epochs(experiments: dict[str, Experiment]) -> None:
+    """Refuse a method that adds items of its own to the data where epochs are counted: it would see more of them.
+
+    Raises:
+        InputError: one epoch is longer than that of the others.
+    """
+    for name, item in experiments.items():
+        cls = methods.get(item.method)
+        if item.fit.get("steps") is not None or cls.training_items is Method.training_items or len(experiments) == 1:
+            continue
+        method, limit = item.build(0), item.fit.get("limit")
+        own, plain = method.training_items(item.data, limit=limit, seed=0), method.read(item.data, limit=limit, seed=0)
+        if (seen := Batches(own, 2).count) != len(plain):
+            raise InputError(
+                f"an epoch of {name} has {seen:,} items, that of the data {len(plain):,}: give --steps, so that all methods "
+                "see equally many"
+            )
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

@@ -385,6 +385,9 @@ def geometry(
     key: Tensor,
     *,
     pairs: contrast.Pairs | None = None,
+    positive: Tensor | None = None,
+    negative: Tensor | None = None,
+    score: Tensor | None = None,
     temperature: Any = None,
     most: int = 512,
 ) -> dict[str, Any]:
@@ -397,7 +400,13 @@ def geometry(
     the positives `score_positive_variance`, and with a temperature `exp_score_positive`, `exp_score_negative` (of s / tau) and
     `score_negative_soft`, tau log mean exp(s / tau), where the softmax sees the negatives. `proxy_accuracy` is the share of
     anchors whose positive beats all of its negatives.
+
+    Where labels say who belongs to whom, `positive` and `negative` (bool ``[N, M]``) and, unless it is the cosine, `score`
+    take the place of `pairs`: then an anchor has several positives, of which it counts the mean, and the accuracy is the
+    share of positive pairs. There is no coupling.
     """
+    if positive is not None and negative is not None:
+        return _among(query[:most], key[:most], positive[:most, :most], negative[:most, :most], score, temperature)
     pairs = contrast.Pairs(query, key) if pairs is None else pairs
     query, key = contrast.unit(query[:most]), contrast.unit(key[:most])
     similarity = query @ key.T
@@ -414,6 +423,52 @@ def geometry(
             record["coupling"] = float(contrast.coupling(query, key, temperature=temperature).mean())
     record |= _scores(pairs, temperature, most)
     return {name: value for name, value in record.items() if isinstance(value, list) or math.isfinite(value)}
+
+
+def _among(
+    query: Tensor, key: Tensor, positive: Tensor, negative: Tensor, score: Tensor | None, temperature: Any
+) -> dict[str, Any]:
+    """What `geometry` says where labels choose the pairs."""
+    query, key = contrast.unit(query), contrast.unit(key)
+    similarity = query @ key.T
+    seen = (similarity if score is None else score[: len(query), : len(key)]).double()
+    record: dict[str, Any] = {
+        name: torch.histc(similarity[chosen].clamp(-1, 1), BINS, -1, 1).int().tolist()
+        for name, chosen in (("positive", positive), ("negative", negative))
+    }
+    record |= {
+        "alignment": float((2 - 2 * similarity[positive]).mean()),
+        "effective_rank": float(contrast.effective_rank(query)),
+    }
+    if len(query) > 1:
+        record["uniformity"] = float(contrast.uniformity(query))
+    both = positive.any(1) & negative.any(1)  # an anchor without the one or the other says nothing
+    seen, positive, negative = seen[both], positive[both], negative[both]
+    if len(seen):
+        near, far = (mean_where(seen, chosen) for chosen in (positive, negative))
+        spread = mean_where((seen - far[:, None]).square(), negative)
+        count = negative.sum(1)
+        record |= {"score_positive": float(near.mean()), "score_negative": float(far.mean())}
+        record["score_negative_variance"] = float((spread * count / (count - 1)).mean())
+        best = seen.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
+        record["proxy_accuracy"] = float((seen > best)[positive].float().mean())
+        if len(seen) > 1:
+            record["score_positive_variance"] = float(near.var())
+        if temperature is not None:
+            tau = float(torch.as_tensor(temperature).detach())
+            powers = (seen / tau).exp()
+            record["exp_score_positive"] = float(mean_where(powers, positive).mean())
+            soft = mean_where(powers, negative)
+            record |= {
+                "exp_score_negative": float(soft.mean()),
+                "score_negative_soft": float((tau * soft.log()).mean()),
+            }
+    return {name: value for name, value in record.items() if isinstance(value, list) or math.isfinite(value)}
+
+
+def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of each row of `values` ``[N, M]`` over its `chosen` entries: ``[N]``."""
+    return values.where(chosen, 0.0).sum(1) / chosen.sum(1)
 
 
 def _scores(pairs: contrast.Pairs, temperature: Any, most: int) -> dict[str, float]:

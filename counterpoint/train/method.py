@@ -110,18 +110,39 @@ class Method(lightning.LightningModule):
         """Optimiser groups; by default weights with weight decay, biases and normalisation without."""
         return decay_groups(self, self.optimisation.weight_decay)
 
-    def watch(self, query: Tensor, key: Tensor, pairs: Pairs | None = None) -> None:
-        """Show paired embeddings of this batch to whoever looks (metrics, report); free unless a step is recorded.
+    def watch(
+        self,
+        query: Tensor,
+        key: Tensor,
+        pairs: Pairs | None = None,
+        *,
+        positive: Tensor | None = None,
+        negative: Tensor | None = None,
+        score: Tensor | None = None,
+    ) -> None:
+        """Show the embeddings of this batch to whoever looks (metrics, report); free unless a step is recorded.
 
         Args:
             query: as the encoder made them.
-            key: row i belongs to row i.
+            key: row i belongs to row i, unless `positive` says otherwise.
             pairs: what enters the loss, with its queue and its changes; without, each query among the keys of the batch.
+            positive: bool ``[N, M]``, where labels say which keys belong to a query.
+            negative: bool ``[N, M]``, which keys repel it; None: all that are not positive. Only beside `positive`.
+            score: ``[N, M]``, what enters the loss where that is not the cosine. Only beside `positive`.
         """
         if self.watching:
             self.watched = {"query": query.detach(), "key": key.detach()}
             if pairs is not None:
                 self.watched["pairs"] = pairs.detach()
+            if positive is not None:
+                self.watched |= {"positive": positive, "negative": ~positive if negative is None else negative}
+                self.watched["score"] = None if score is None else score.detach()
+
+    def watch_classes(self, embedding: Tensor, label: Tensor) -> None:
+        """As `watch`: rows ``[N, d]`` of one class, int64 ``[N]``, belong together."""
+        if self.watching:
+            same = label[:, None] == label
+            self.watch(embedding, embedding, positive=same.clone().fill_diagonal_(False), negative=~same)
 
     @property
     def progress(self) -> float:
@@ -236,6 +257,15 @@ def construct(cls: type[Method], arguments: dict[str, Any]) -> Method:
     Raises:
         InputError: an argument the constructor does not have.
     """
+    return cls(**typed(cls, arguments))
+
+
+def typed(cls: type[Method], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Plain data as the constructor's arguments: see `construct`.
+
+    Raises:
+        InputError: an argument the constructor does not have, or a value that it cannot be.
+    """
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base) and issubclass(base, Method):
@@ -245,7 +275,7 @@ def construct(cls: type[Method], arguments: dict[str, Any]) -> Method:
         if name not in hints:
             raise InputError(f'{cls.__name__} has no argument "{name}"{nearest(name, hints)}')
         built[name] = checked(name, _typed(value, hints[name]), hints[name])
-    return cls(**built)
+    return built
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:

@@ -11,6 +11,7 @@ from counterpoint.views.image import (
     HALLUCINATOR_1,
     HALLUCINATOR_2,
     HANDWRITING,
+    MOCO_V1,
     MOCO_V2,
     SIMCLR,
     SIMCLR_ADAINF,
@@ -40,6 +41,7 @@ __all__ = [
     "HALLUCINATOR_1",
     "HALLUCINATOR_2",
     "HANDWRITING",
+    "MOCO_V1",
     "MOCO_V2",
     "NAMED",
     "SIMCLR",
@@ -64,6 +66,7 @@ __all__ = [
 NAMED = {
     "simclr": SIMCLR,
     "simclr-small": SIMCLR_SMALL,
+    "moco-v1": MOCO_V1,
     "moco-v2": MOCO_V2,
     "byol-1": BYOL_1,
     "byol-2": BYOL_2,

@@ -173,6 +173,9 @@ SIMCLR = ImageViews()
 SIMCLR_SMALL = replace(SIMCLR, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0)
 """Chen et al. 2020, appendix B.9 (CIFAR-10): colour strength 0.5, no blur."""
 
+MOCO_V1 = replace(SIMCLR, crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, blur=0.0)
+"""He et al. 2020 (arXiv 1911.05722), section 3.3; strengths as in the released code, without its order (grey first)."""
+
 MOCO_V2 = replace(SIMCLR, crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))
 """Chen et al. 2020 (arXiv 2003.04297), section 3; strengths as in the released code."""
 

@@ -119,3 +119,8 @@ def compared(count: int, large: int = 2) -> list[tuple[int, int]]:
     Small views are never each other's partner: two of them may show nothing in common.
     """
     return [(i, j) for i in range(min(large, count)) for j in range(i + 1, count)]
+
+
+def predicted(count: int, large: int = 2) -> list[tuple[int, int]]:
+    """Which of `count` views predicts which large one: each of them every large view but itself, as (view, target)."""
+    return [(view, target) for view in range(count) for target in range(min(large, count)) if target != view]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from counterpoint import contrast, encoders
@@ -10,7 +11,8 @@ from counterpoint.encoders.heads import barlow_projector
 from counterpoint.encoders.several import Heads, Several
 from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
-from counterpoint.views import BYOL_1, BYOL_2, ImageViews
+from counterpoint.views import BYOL_1, BYOL_2, ImageViews, MultiCrop, by_size, crops
+from counterpoint.views.multicrop import compared
 
 
 class BarlowTwins(Method):
@@ -46,6 +48,8 @@ class BarlowTwins(Method):
         heads: several projection heads, by name ("several", "amcl"); see `counterpoint.encoders.several`.
         views: the first random view.
         other_views: the second random view.
+        small_views: further small views (multi-crop), by name ("multi-crop", "multi-crop-small") or as (count, size, crop);
+            each is correlated with both large ones, and the loss is the mean over these pairs of views.
         pretrained: start from timm's pretrained weights.
     """
 
@@ -60,6 +64,7 @@ class BarlowTwins(Method):
         heads: Heads | None = None,
         views: ImageViews = BYOL_1,
         other_views: ImageViews = BYOL_2,
+        small_views: MultiCrop | None = None,
         pretrained: bool = False,
     ):
         super().__init__()
@@ -69,14 +74,20 @@ class BarlowTwins(Method):
         self.projector = self.heads.each(partial(barlow_projector, self.encoder.dim, *projection))
         self.views = replace(views, size=image_size)
         self.other_views = replace(other_views, size=image_size)
+        self.small_views = small_views and small_views.check(self.encoder)
         self.mixing = Mixed(mixing, projection[1], type(self).__name__, repels=False)
 
     def project(self, images: Tensor) -> Tensor:
         return self.projector(self.encoder(images).pooled)
 
     def loss(self, batch: Batch) -> Tensor:
-        z1, z2 = self.project(self.views(batch["image"])), self.project(self.other_views(batch["image"]))
-        self.watch(z1, z2)
-        return self.heads(
-            self.mixing(contrast.Pairs(z1, z2), self.current_epoch), contrast.barlow_twins, weight=self.redundancy
-        )
+        views = crops(batch["image"], (self.views, self.other_views), self.small_views)
+        # two views alone keep batch statistics of their own
+        z = by_size(self.project, views) if self.small_views else [self.project(view) for view in views]
+        self.watch(z[0], z[1])
+        return torch.stack([self.twins(z[i], z[j]) for i, j in compared(len(z))]).mean()
+
+    def twins(self, one: Tensor, other: Tensor) -> Tensor:
+        """The loss of one pair of views."""
+        pairs = self.mixing(contrast.Pairs(one, other), self.current_epoch)
+        return self.heads(pairs, contrast.barlow_twins, weight=self.redundancy)

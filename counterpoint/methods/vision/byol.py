@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from counterpoint import contrast, encoders, memory
 from counterpoint.encoders import heads
 from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
-from counterpoint.views import BYOL_1, BYOL_2, ImageViews
+from counterpoint.views import BYOL_1, BYOL_2, ImageViews, MultiCrop, by_size, crops
+from counterpoint.views.multicrop import predicted
 
 
 class BYOL(Method):
@@ -37,6 +39,8 @@ class BYOL(Method):
             `counterpoint.memory.mixing`.
         views: the first random view.
         other_views: the second random view.
+        small_views: further small views (multi-crop), by name ("multi-crop", "multi-crop-small") or as (count, size, crop);
+            each predicts the targets of both large ones, and the loss is twice the mean over all predictions.
         pretrained: start from timm's pretrained weights.
     """
 
@@ -50,6 +54,7 @@ class BYOL(Method):
         mixing: tuple[Mixing, ...] = (),
         views: ImageViews = BYOL_1,
         other_views: ImageViews = BYOL_2,
+        small_views: MultiCrop | None = None,
         pretrained: bool = False,
     ):
         super().__init__()
@@ -61,14 +66,16 @@ class BYOL(Method):
         self.target_projector = memory.MomentumEncoder(self.projector, momentum, final=1.0)
         self.views = replace(views, size=image_size)
         self.other_views = replace(other_views, size=image_size)
+        self.small_views = small_views and small_views.check(self.encoder)
         self.mixing = Mixed(mixing, projection[1], type(self).__name__, repels=False)
 
     def loss(self, batch: Batch) -> Tensor:
-        view1, view2 = self.views(batch["image"]), self.other_views(batch["image"])
-        p1, p2 = self.predict(view1), self.predict(view2)
-        z1, z2 = self.target(view1), self.target(view2)
-        self.watch(p1, z2)
-        return self.distance(p1, z2, p2) + self.distance(p2, z1, p1)
+        views = crops(batch["image"], (self.views, self.other_views), self.small_views)
+        # two views alone keep batch statistics of their own
+        p = by_size(self.predict, views) if self.small_views else [self.predict(view) for view in views]
+        z = [self.target(view) for view in views[:2]]
+        self.watch(p[0], z[1])
+        return 2 * torch.stack([self.distance(p[i], z[j], p[j]) for i, j in predicted(len(p))]).mean()
 
     def distance(self, prediction: Tensor, target: Tensor, other: Tensor) -> Tensor:
         """Of a prediction from its target; `other` is the prediction from the other view."""

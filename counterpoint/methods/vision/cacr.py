@@ -99,10 +99,12 @@ class CACR(Method):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         views = [self.views(batch["image"]) for _ in range(self.positives + 1)]
         z = torch.stack([self.projector(self.encoder(view).pooled) for view in views])
-        self.watch(z[0], z[1])
         if self.queue is None:
+            self.watch(z[0], z[1])
             return {"attraction": attraction(z, **self.pull), "repulsion": repulsion(z, **self.push)}
         keys = contrast.unit(torch.stack([self.key_projector(self.key_encoder(view).pooled) for view in views]))
+        seen = contrast.Pairs(z[0], keys[1], negatives=self.queue.keys, in_batch=False, within=True)
+        self.watch(z[0], keys[1], seen)
         terms = {
             "attraction": attraction(z, keys, stop=True, **self.pull),
             "repulsion": queue_repulsion(z, self.queue.keys, **self.push),

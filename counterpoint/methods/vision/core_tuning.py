@@ -71,9 +71,12 @@ class CoreTuning(FineTuning):
         features, targets = self.mixed(self.features(batch), batch["label"])
         rows = nn.functional.cross_entropy(self.classifier(features), targets, reduction="none")
         terms = {"cross entropy": reduce(rows, "mean")}
+        contrasted = features
         if self.contrastor is not None:
+            contrasted = self.contrastor(features)
             options: Any = {"temperature": self.temperature, "gamma": self.gamma, "divide_by": self.divide_by}
-            terms["contrast"] = self.eta * focal_sup_con(self.contrastor(features), targets, **options)
+            terms["contrast"] = self.eta * focal_sup_con(contrasted, targets, **options)
+        self.watch_classes(contrasted[: len(batch["label"])], batch["label"])  # the block that is not mixed
         return terms
 
     def mixed(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from functools import partial
 from counterpoint import contrast
 from counterpoint.memory.mixing import Mixing
 from counterpoint.methods.vision.simclr import SimCLR
-from counterpoint.views import SIMCLR_SMALL, ImageViews
+from counterpoint.views import SIMCLR_SMALL, ImageViews, MultiCrop
 
 
 class DCL(SimCLR):
@@ -38,6 +38,7 @@ class DCL(SimCLR):
         sigma: temperature of the DCLW weight.
         mixing: parts that make the pairs harder, by name ("mochi"); see `counterpoint.memory.mixing`.
         views: the random views.
+        small_views: further small views (multi-crop), as in SimCLR.
         pretrained: start from timm's pretrained weights.
     """
 
@@ -52,6 +53,7 @@ class DCL(SimCLR):
         sigma: float = 0.5,
         mixing: tuple[Mixing, ...] = (),
         views: ImageViews = SIMCLR_SMALL,
+        small_views: MultiCrop | None = None,
         pretrained: bool = False,
     ):
         super().__init__(
@@ -62,6 +64,7 @@ class DCL(SimCLR):
             temperature=temperature,
             mixing=mixing,
             views=views,
+            small_views=small_views,
             pretrained=pretrained,
         )
         self.objective = partial(contrast.dcl, weighted=weighted, sigma=sigma)

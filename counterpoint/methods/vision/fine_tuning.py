@@ -86,9 +86,11 @@ class FineTuning(Method):
         features, labels = self.features(batch), batch["label"]
         rows = nn.functional.cross_entropy(self.classifier(features), labels, reduction="none")
         terms = {"cross entropy": reduce(rows, "mean")}
+        contrasted = features
         if self.contrastor is not None:
-            near = contrast.sup_con(self.contrastor(features), labels, temperature=self.temperature)
-            terms["contrast"] = self.eta * near
+            contrasted = self.contrastor(features)
+            terms["contrast"] = self.eta * contrast.sup_con(contrasted, labels, temperature=self.temperature)
+        self.watch_classes(contrasted, labels)
         return terms
 
     def class_scores(self, batch: Batch) -> Tensor:

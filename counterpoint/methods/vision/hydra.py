@@ -3,11 +3,12 @@
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from counterpoint import encoders
 from counterpoint.contrast.operands import reduce
-from counterpoint.contrast.subspace import partner_labels, partner_loss
+from counterpoint.contrast.subspace import gated_similarity, partner_labels, partner_loss
 from counterpoint.encoders import heads
 from counterpoint.encoders.gates import PairGate
 from counterpoint.train.method import Batch, Method
@@ -106,15 +107,25 @@ class Hydra(Method):
         query = key = self.projector(features)
         if self.two_views:
             key = self.projector(self.encoder(self.views(images)).pooled)
-            self.watch(query, key)
         partners = partner_labels(labels, self.pairs, classes=self.classes)
         gate = None if self.gate is None else self.gate(labels, partners)
+        self.show(query, key, gate, labels, partners)
         options: Any = {"temperature": self.temperature, "variant": self.variant, "reduction": self.reduction}
         rows = nn.functional.cross_entropy(self.online_head(features.detach()), labels, reduction="none")
         return {
             "pairs": partner_loss(query, key, gate, labels, partners, **options),
             "online head": reduce(rows, "mean"),
         }
+
+    @torch.no_grad()
+    def show(self, query: Tensor, key: Tensor, gate: Tensor | None, labels: Tensor, partners: Tensor) -> None:
+        """Cosines and, as what enters the loss, similarities in the subspaces; the partner class belongs to an anchor."""
+        if self.watching:
+            positive, own = (labels == wanted[:, None] for wanted in (partners, labels))
+            score = gated_similarity(query, key, torch.ones_like(query) if gate is None else gate, variant=self.variant)
+            if key is query:
+                positive.fill_diagonal_(False)
+            self.watch(query, key, positive=positive, negative=~(labels == partners[:, None]) & ~own, score=score)
 
     def class_scores(self, batch: Batch) -> Tensor:
         return self.online_head(self.embed(batch))

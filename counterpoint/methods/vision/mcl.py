@@ -122,6 +122,8 @@ class MCL(Method):
     def grouping(self, epoch: int, items: Any) -> Tensor | None:
         """Groups of this epoch's stage; at its first epoch the stage before is embedded and clustered."""
         stage = self.stage_of(epoch)
+        if epoch == 0 and self.negatives == "clusters":
+            self.warn_of_small_groups(len(items))
         if stage == 0 or self.negatives == "batch":
             return None
         if len(self.clusterings) < stage:
@@ -135,6 +137,17 @@ class MCL(Method):
             found = (stage + 1, len(self.stages), len(sizes), min(sizes), max(sizes))
             log.info("stage %d of %d: batches come from %d groups of %d to %d items", *found)
         return self.clusterings.groups(self.labels == "last")
+
+    def warn_of_small_groups(self, items: int) -> None:
+        """Say before the training what would end it after the first stage."""
+        splits = min(len(self.stages) - 1, 1 if self.labels == "last" else len(self.stages))
+        mean, batch = items / self.clusters**splits, self.trainer.train_dataloader.batch_size
+        if splits and mean < batch:
+            log.warning(
+                "groups of the last stage will have %.1f items on average, fewer than a batch of %d, and smaller groups are "
+                "never seen: lower clusters, stages or batch_size",
+                *(mean, batch),
+            )
 
     def after_step(self) -> None:
         for stage in self.stages:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from counterpoint import contrast, encoders
@@ -12,7 +13,8 @@ from counterpoint.encoders.several import Heads, Several
 from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.train.optimise import decay_groups
-from counterpoint.views import SIMSIAM, ImageViews
+from counterpoint.views import SIMSIAM, ImageViews, MultiCrop, by_size, crops
+from counterpoint.views.multicrop import predicted
 
 
 class SimSiam(Method):
@@ -40,6 +42,8 @@ class SimSiam(Method):
         heads: several projection heads, by name ("several", "amcl"); see `counterpoint.encoders.several`.
         views: the random views.
         other_views: those of the second view; None: as `views`.
+        small_views: further small views (multi-crop), by name ("multi-crop", "multi-crop-small") or as (count, size, crop);
+            each predicts both large ones, and the loss is the mean over all predictions.
         pretrained: start from timm's pretrained weights.
     """
 
@@ -55,6 +59,7 @@ class SimSiam(Method):
         heads: Heads | None = None,
         views: ImageViews = SIMSIAM,
         other_views: ImageViews | None = None,
+        small_views: MultiCrop | None = None,
         pretrained: bool = False,
     ):
         super().__init__()
@@ -65,13 +70,16 @@ class SimSiam(Method):
         self.predictor = self.heads.each(partial(simsiam_predictor, projection[1], bottleneck), apart=True)
         self.views = replace(views, size=image_size)
         self.other_views = replace(other_views or views, size=image_size)
+        self.small_views = small_views and small_views.check(self.encoder)
         self.mixing = Mixed(mixing, projection[1], type(self).__name__, repels=False)
 
     def loss(self, batch: Batch) -> Tensor:
-        z1, z2 = self.project(self.views(batch["image"])), self.project(self.other_views(batch["image"]))
-        p1, p2 = self.predictor(z1), self.predictor(z2)
-        self.watch(p1, z2)
-        return (self.distance(p1, z2, p2) + self.distance(p2, z1, p1)) / 2
+        views = crops(batch["image"], (self.views, self.other_views), self.small_views)
+        # two views alone keep batch statistics of their own
+        z = by_size(self.project, views) if self.small_views else [self.project(view) for view in views]
+        p = by_size(self.predictor, z) if self.small_views else [self.predictor(row) for row in z]
+        self.watch(p[0], z[1])
+        return torch.stack([self.distance(p[i], z[j], p[j]) for i, j in predicted(len(p))]).mean()
 
     def distance(self, prediction: Tensor, target: Tensor, other: Tensor) -> Tensor:
         """Of a prediction from its target; `other` is the prediction from the other view."""
