@@ -200,7 +200,7 @@ def test_named_views_and_single_changes(capsys):
         ("[1, 2]", "holds no configuration"),
         ("method: [", "cannot read the configuration"),
         ("method: simclr\nepochz: 3", "epochz.*did you mean epochs"),
-        ("method: simclr\nviews: {rotat: 3}", "--views.rotat; did you mean --views.rotate"),
+        ("method: simclr\nviews: {rotat: 3}", 'ImageViews has no field "rotat"; did you mean rotate'),
         ("method: simclr\nviews: nonsense", 'no views named "nonsense"'),
         ("method: simclr\nlr: fast", "lr must be a number, not 'fast'"),
         ("method: simclr\nencoder: convnet-4\ntemperature: hot", "temperature must be a number, not 'hot'"),

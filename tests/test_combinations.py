@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from counterpoint import methods
+from counterpoint import methods, views
 from counterpoint.encoders import several
 from counterpoint.errors import InputError
 from counterpoint.memory import mixing
@@ -41,7 +41,9 @@ CHOICES = {
     "hallucinator": mixing.Hallucination(),
     "several": several.SeveralHeads(count=2),
     "amcl": several.AdaptiveHeads(count=2, hidden=8, tau=(0.01, 2.0)),
+    "multi-crop-small": views.MultiCrop(count=2, size=8),
 }
+REGISTERED = {"mixing": mixing.NAMED, "heads": several.NAMED, "small_views": views.NAMED}
 SENTENCES = ["a dog runs", "two cats sleep", "it rains again", "the sky is falling", "nothing happens", "x"]
 
 
@@ -66,7 +68,7 @@ def build(slug: str, *names: str) -> Method:
         if PARTS[name]["argument"] == "mixing":
             options.setdefault("mixing", []).append(CHOICES[name])
         else:
-            options["heads"] = CHOICES[name]
+            options[PARTS[name]["argument"]] = CHOICES[name]
     return experiment(slug, **SMALL[slug], **options).build(0).train()
 
 
@@ -124,13 +126,14 @@ def test_parts_together(row):
 def test_the_table_is_complete():
     """A new part, or a method that takes parts, must be put in."""
     classes = {part["class"]: part for part in KNOWN["parts"]}
-    assert classes.keys() == {kind.__name__ for kind in (*get_args(mixing.Mixing), *get_args(several.Heads))}
+    kinds = (*get_args(mixing.Mixing), *get_args(several.Heads), views.MultiCrop)
+    assert classes.keys() == {kind.__name__ for kind in kinds}
     for name, part in PARTS.items():
-        known = mixing.NAMED if part["argument"] == "mixing" else several.NAMED
-        assert type(known[name]).__name__ == part["class"] == type(CHOICES[name]).__name__
+        assert type(REGISTERED[part["argument"]][name]).__name__ == part["class"] == type(CHOICES[name]).__name__
     assert all([*row] == KNOWN["baselines"] for row in KNOWN["cells"].values())
     assert KNOWN["cells"].keys() == PARTS.keys() and all(
         ("works" in cell) != ("refused" in cell) for _, _, cell in CELLS
     )
-    taking = [line.slug for line in methods.BASELINES if "mixing" in model_options(methods.get(line.slug))]
+    options = {line.slug: model_options(methods.get(line.slug)) for line in methods.BASELINES}
+    taking = [slug for slug, known in options.items() if "mixing" in known or "small_views" in known]
     assert {*taking} <= {*KNOWN["baselines"]}

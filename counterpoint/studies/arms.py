@@ -28,8 +28,8 @@ def run_arm(
 
     Returns:
         ``{"results": {protocol: {subject: value}}, "minutes": .., "memory_mb": .., "items": .., "coupling": ..,
-        "seed": ..}``; with ``"recorded"`` the means over training of the geometry and scores, and with ``"detail"`` in the place of
-        ``"results"`` the further numbers of each result, by their names
+        "seed": ..}``; with ``"recorded"`` the means over training of the geometry and scores, and with ``"detail"`` in the
+        place of ``"results"`` the further numbers of each result, by their names
     """
     if experiment.fit.get("devices", 1) > 1:
         raise InputError("the runs of a study or comparison train on one device each; leave --devices out")

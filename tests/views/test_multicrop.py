@@ -7,11 +7,16 @@ import torch
 from torch import nn
 
 from counterpoint import encoders
+from counterpoint.contrast import barlow_twins, info_nce, unit
 from counterpoint.errors import InputError
 from counterpoint.memory.mixing import NAMED as MIXINGS
+from counterpoint.methods.vision.barlow_twins import BarlowTwins
+from counterpoint.methods.vision.byol import BYOL
+from counterpoint.methods.vision.moco import MoCo
 from counterpoint.methods.vision.simclr import SimCLR
+from counterpoint.methods.vision.simsiam import SimSiam
 from counterpoint.views import NAMED, SIMCLR_SMALL, ImageViews, MultiCrop, by_size, crops
-from counterpoint.views.multicrop import compared
+from counterpoint.views.multicrop import compared, predicted
 
 SMALL = MultiCrop(count=3, size=8, crop=(0.1, 0.3))
 STILL = ImageViews(size=16, flip=0, jitter_p=0, grey=0, blur=0)
@@ -144,3 +149,55 @@ def test_any_objective_of_two_views_takes_small_ones(objective):
 def test_it_goes_with_every_part_that_changes_pairs(mixing):
     loss = simclr(small_views=SMALL, mixing=(MIXINGS[mixing],)).loss({"image": images()})
     assert bool(loss.isfinite())
+
+
+def other(cls, **options):
+    torch.manual_seed(0)
+    return cls(encoder="convnet-4", image_size=16, projection=(16, 8), small_views=SMALL, **options)
+
+
+def drawn(method):
+    """The loss on one batch, and the views that it saw."""
+    torch.manual_seed(7)
+    found = method.loss({"image": images()})
+    torch.manual_seed(7)
+    return found, images()
+
+
+def test_small_views_are_further_queries_of_moco():
+    method = other(MoCo, queue=20)
+    bank = method.queue.keys.clone()
+    found, batch = drawn(method)
+    queries = by_size(method.project, crops(batch, (method.views,), SMALL))
+    with torch.no_grad():
+        key = unit(method.key_projector(method.key_encoder(method.other_views(batch)).pooled))
+    assert len(queries) == 4
+    losses = [info_nce(query, key, negatives=bank, in_batch=False, temperature=0.2) for query in queries]
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+
+
+def test_small_views_predict_the_targets_of_large_ones():
+    assert predicted(2) == [(0, 1), (1, 0)]
+    assert predicted(4) == [(0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1)]
+    method = other(BYOL)
+    found, batch = drawn(method)
+    views = crops(batch, (method.views, method.other_views), SMALL)
+    p, z = by_size(method.predict, views), [method.target(view) for view in views[:2]]
+    losses = [2 - 2 * torch.cosine_similarity(p[i], z[j]).mean() for i, j in predicted(5)]
+    assert len(losses) == 8
+    torch.testing.assert_close(found, 2 * torch.stack(losses).mean())
+
+    method = other(SimSiam, bottleneck=4)
+    found, batch = drawn(method)
+    z = by_size(method.project, crops(batch, (method.views, method.other_views), SMALL))
+    p = by_size(method.predictor, z)
+    losses = [-torch.cosine_similarity(p[i], z[j].detach()).mean() for i, j in predicted(5)]
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+
+
+def test_small_views_are_correlated_with_large_ones():
+    method = other(BarlowTwins, redundancy=0.1)
+    found, batch = drawn(method)
+    z = by_size(method.project, crops(batch, (method.views, method.other_views), SMALL))
+    losses = [barlow_twins(z[i], z[j], weight=0.1) for i, j in compared(5)]
+    torch.testing.assert_close(found, torch.stack(losses).mean())
