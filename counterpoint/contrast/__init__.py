@@ -6,7 +6,7 @@ from torch import Tensor
 
 from counterpoint.contrast import distributed
 from counterpoint.contrast.clustering import assign, sinkhorn, swapped_prediction
-from counterpoint.contrast.geometry import alignment, effective_rank, score_stats, uniformity
+from counterpoint.contrast.geometry import alignment, effective_rank, isotropy, score_stats, uniformity
 from counterpoint.contrast.kernels import executor, log_sum_exp, softmax_mean
 from counterpoint.contrast.margin import pair_margin, triplet
 from counterpoint.contrast.noise import binary_nce, ranking_nce
@@ -27,6 +27,7 @@ from counterpoint.contrast.scored import (
 from counterpoint.contrast.sigmoid import sigmoid_loss
 from counterpoint.contrast.softmax import clip_loss, coupling, dcl, dclw, info_nce, nt_xent, sup_con
 from counterpoint.contrast.spectral import spectral_contrastive
+from counterpoint.contrast.tokens import token_margin
 from counterpoint.errors import InputError, nearest
 
 Objective = Callable[..., Tensor]
@@ -83,6 +84,7 @@ __all__ = [
     "effective_rank",
     "executor",
     "info_nce",
+    "isotropy",
     "log_sum_exp",
     "mnr",
     "n_pair",
@@ -104,6 +106,7 @@ __all__ = [
     "sup_con",
     "supremix",
     "swapped_prediction",
+    "token_margin",
     "triplet",
     "uniformity",
     "unit",

@@ -85,6 +85,37 @@ def effective_rank(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def isotropy(hidden: Tensor, lengths: Tensor) -> Tensor:
+    r"""How different the states of the tokens of a text are from each other: 1 minus the mean cosine of all pairs.
+
+    .. math:: 1 - \frac{\sum_b \sum_{i \ne j} \cos(h_i^b, h_j^b)}{\sum_b n_b (n_b - 1)}
+
+    pooled over the pairs of all texts b, so that long texts weigh more. Pairs lie within one text; 0 means that all states of a
+    text point one way. Linear in the number of states; float64, without gradient.
+
+    Source: Su and Xu 2023 (arXiv 2210.14140), section 3; its tables round to two decimals and call large models, with 0.55
+    or more, isotropic.
+
+    Args:
+        hidden: ``[sum n, E]``, states of all texts, one text after the other.
+        lengths: int64 ``[N]``, states of each text; a text of one adds nothing.
+
+    Raises:
+        InputError: lengths that do not sum to the number of states, or no text with two of them.
+    """
+    check_matrix(hidden, "hidden")
+    if int(lengths.sum()) != len(hidden) or bool((lengths < 0).any()):
+        raise InputError(f"lengths sum to {int(lengths.sum()):,}, but there are {len(hidden):,} states")
+    pairs = int((lengths * (lengths - 1)).sum())
+    if pairs == 0:
+        raise InputError("isotropy needs a text of at least two tokens")
+    rows = unit(hidden.double())
+    text = torch.arange(len(lengths), device=rows.device).repeat_interleave(lengths)
+    sums = rows.new_zeros(len(lengths), rows.shape[1]).index_add_(0, text, rows)
+    return 1 - (sums.square().sum() - rows.square().sum()) / pairs
+
+
+@torch.no_grad()
 def score_stats(
     query: Tensor,
     key: Tensor,

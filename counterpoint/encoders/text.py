@@ -59,7 +59,7 @@ class TextEncoder(nn.Module):
         self.model, self.tokenizer, self.name, self.pooling = model, tokenizer, name, pooling
         self.dim: int = model.config.hidden_size
         self.pad = pad_of(tokenizer)
-        self.positions = _positions(model.config)
+        self.positions = positions_of(model.config)
         if max_length is None:
             max_length = min(self.positions, int(min(tokenizer.model_max_length, UNLIMITED)))
             max_length = 512 if max_length == UNLIMITED else max_length
@@ -174,8 +174,8 @@ def text(
             pooling = folders_pooling(Path(source).expanduser())
         if max_length is None:
             max_length = _folders_length(Path(source).expanduser())
-        config = _loaded(source, lambda: transformers.AutoConfig.from_pretrained(source))
-        tokenizer = tokenizer or _loaded(source, lambda: transformers.AutoTokenizer.from_pretrained(source))
+        config = loaded(source, lambda: transformers.AutoConfig.from_pretrained(source))
+        tokenizer = tokenizer or loaded(source, lambda: transformers.AutoTokenizer.from_pretrained(source))
         _announce_mode(tokenizer)
     depth = getattr(config, "num_hidden_layers", 0)
     if layers is not None:
@@ -185,14 +185,14 @@ def text(
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     if dropout is not None:
-        _set_dropout(config, dropout, title)
+        set_dropout(config, dropout, title)
     with quiet():
         if fresh:
             model = transformers.AutoModel.from_config(config)
         else:
             # the checkpoint's own precision may be half, which training from it does not survive
             options = {"config": config, "dtype": torch.float32}
-            model = _loaded(source, lambda: transformers.AutoModel.from_pretrained(source, **options))
+            model = loaded(source, lambda: transformers.AutoModel.from_pretrained(source, **options))
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None  # without gradient it would only confuse optimisers and exports
     return TextEncoder(model.train(), tokenizer, pooling or ("mean" if fresh else "cls"), max_length, title, fresh)
@@ -305,7 +305,7 @@ def _fresh(settings: dict[str, Any], tokenizer: Any) -> tuple[Any, Any, str]:
     source, most = settings.pop("tokenizer", None), settings.pop("vocabulary", None)
     if tokenizer is None and source is not None:
         place = place_of(source)
-        tokenizer = _loaded(place, lambda: transformers.AutoTokenizer.from_pretrained(place))
+        tokenizer = loaded(place, lambda: transformers.AutoTokenizer.from_pretrained(place))
         tokenizer = tokenizer if most is None else first_tokens(tokenizer, most)
     if tokenizer is None:
         tokenizer = byte_tokenizer(settings.get("max_position_embeddings", 512))
@@ -359,7 +359,7 @@ def _folders_length(folder: Path) -> int | None:
     return json.loads(path.read_text()).get("max_seq_length") if path.is_file() else None
 
 
-def _loaded(name: str, load: Any) -> Any:
+def loaded(name: str, load: Any) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -372,7 +372,7 @@ def _loaded(name: str, load: Any) -> Any:
         ) from error
 
 
-def _positions(config: Any) -> int:
+def positions_of(config: Any) -> int:
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int) or most <= 0:
         return UNLIMITED
@@ -383,7 +383,7 @@ def _positions(config: Any) -> int:
     return most
 
 
-def _set_dropout(config: Any, dropout: float, title: str) -> None:
+def set_dropout(config: Any, dropout: float, title: str) -> None:
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must lie between 0 and 1, not {dropout}")
     known = [name for name in DROPOUTS if isinstance(getattr(config, name, None), float | int)]
