@@ -15,6 +15,7 @@ _HOME = {
     "Run": "counterpoint.train",
     "Embedder": "counterpoint.embedder",
     "Index": "counterpoint.serve",
+    "generate": "counterpoint.generation",
     "SimCLR": "counterpoint.methods.vision.simclr",
     "DCL": "counterpoint.methods.vision.dcl",
     "MoCo": "counterpoint.methods.vision.moco",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         uniformity,
     )
     from counterpoint.embedder import Embedder
+    from counterpoint.generation import generate
     from counterpoint.methods.image_text.clip import CLIP
     from counterpoint.methods.vision.byol import BYOL
     from counterpoint.methods.vision.dcl import DCL

@@ -319,10 +319,77 @@ def search(argv: list[str]) -> int:
     return 0
 
 
+def generate(argv: list[str]) -> int:
+    from counterpoint.decoding import STRATEGIES, strategy
+
+    parser = _parser("generate", "Continue text with a causal language model; a single prompt is shown while it grows.")
+    parser.add_argument("--model", required=True, help="run folder, or a transformers model by name or folder")
+    parser.add_argument("--prompt", help="text to continue")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line, or a table with a column prompt")
+    parser.add_argument("--out", metavar="FILE", help="write JSON lines: prompt and continuation")
+    parser.add_argument("--strategy", default="contrastive-search", help=", ".join(STRATEGIES))
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--amateur", help="contrastive, lol: the model to contrast with (a run of lol has its own)")
+    parser.add_argument("--instruction", help="lol: text before the prompt that asks for the truth; its effect is added")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--no_stop", action="store_true", help="go on where the model ends its text")
+    parser.add_argument("--seed", type=int, default=0, help="of nucleus and top-k")
+    parser.add_argument("--device", default="auto")
+    parser.epilog = (
+        "settings of the strategy: --k 5 --alpha 0.6 (contrastive-search), --top_p 0.95 --temperature 1 (nucleus), --top_k 50 "
+        "(top-k), --relative_top 0.1 (contrastive, dola, lol), --layers high|low|'[2, 3]' (dola, lol), --lower_weight 0.5 "
+        "--refocus_weight 0.5 (lol)"
+    )
+    options, rest = parser.parse_known_args(argv)
+    known = [option for action in parser._actions for option in action.option_strings]
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in _pairs(rest).items()}
+    if (options.prompt is None) == (options.prompts is None):
+        raise InputError("give --prompt TEXT, or --prompts FILE with one a line")
+    try:
+        strategy(options.strategy, **settings)  # before a model is loaded
+    except InputError as error:
+        close = next((hint for key in settings if (hint := nearest(f"--{key}", known))), "")
+        raise InputError(f"{error}{close}") from None
+    import counterpoint
+
+    prompts = [options.prompt] if options.prompts is None else _prompts(Path(options.prompts))
+
+    def show(row: int, piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    single = options.prompts is None and options.out is None
+    if single:
+        print(options.prompt, end="", flush=True)
+    found = counterpoint.generate(
+        options.model, prompts, options.strategy, max_new_tokens=options.max_new_tokens, amateur=options.amateur,
+        instruction=options.instruction, batch_size=options.batch_size, stop=not options.no_stop, seed=options.seed,
+        device=options.device, say=show if single else None, **settings,
+    )  # fmt: skip
+    if single:
+        print()
+        return 0
+    lines = [
+        json.dumps({"prompt": prompt, "continuation": text}, ensure_ascii=False)
+        for prompt, text in zip(prompts, found, strict=True)
+    ]
+    if options.out is None:
+        print("\n".join(lines))
+        return 0
+    from counterpoint.atomic import writing
+
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    with writing(Path(options.out)) as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{options.out}: {len(lines):,} continuations by {options.strategy}")
+    return 0
+
+
 def export(argv: list[str]) -> int:
     parser = _parser("export", "Write a trained encoder for other programs, and check that it loads back.")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--to", required=True, help="safetensors, onnx, timm, sentence-transformers or open_clip")
+    parser.add_argument(
+        "--to", required=True, help="safetensors, onnx, timm, sentence-transformers, open_clip or transformers"
+    )
     parser.add_argument("--out", help="file or folder; default inside the run")
     options = parser.parse_args(argv)
     from counterpoint.export import export as write
@@ -395,7 +462,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "embed": (embed, "embeddings of a data set as a file"),
     "index": (index, "make embeddings searchable: a file's, or a run's"),
     "search": (search, "the nearest in an index, as a table or JSON"),
-    "export": (export, "the trained encoder as safetensors, ONNX, timm, sentence-transformers or open_clip"),
+    "generate": (generate, "text from a causal language model, by contrastive search and others"),
+    "export": (export, "the trained model as safetensors, ONNX, timm, sentence-transformers, open_clip, transformers"),
     "report": (report, "one HTML file about a run"),
     "parity": (parity, "compare with numbers from the official code"),
     "demo": (demo, "three minutes of handwriting, from training to report"),
@@ -419,6 +487,24 @@ def show_results(results: Sequence[Any]) -> None:
     Console().print(table)
     for note in dict.fromkeys(result.detail["note"] for result in results if "note" in result.detail):
         print(f"test items {note}")
+
+
+def _prompts(path: Path) -> list[str]:
+    """Prompts of a file: one a line, or the column prompt of a table."""
+    from counterpoint.data.texts import TABLES, kind_of, read_lines, read_table
+
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if kind_of(path) in TABLES:
+        table = read_table(path)
+        if "prompt" not in table:
+            raise InputError(f"{path} has the columns {', '.join(table)}, and no column prompt")
+        found = [str(prompt) for prompt in table["prompt"]]
+    else:
+        found = [line for line in read_lines(path) if line.strip()]
+    if not found:
+        raise InputError(f"{path} holds no prompt: one a line is expected")
+    return found
 
 
 def _ranked(scores: Any, ids: Any) -> list[tuple[int, float, Any]]:

@@ -15,7 +15,7 @@ from counterpoint.atomic import save_arrays
 from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
-from counterpoint.evaluate import code, dense, image_text, labels, pairs, ranking, texts
+from counterpoint.evaluate import code, dense, image_text, labels, language, pairs, ranking, texts
 from counterpoint.evaluate.protocols import (
     Result,
     geometry,
@@ -28,6 +28,7 @@ from counterpoint.evaluate.protocols import (
 )
 from counterpoint.train.method import Method
 from counterpoint.train.run import Run
+from counterpoint.train.start import language_model
 
 log = logging.getLogger("counterpoint")
 
@@ -47,6 +48,7 @@ def evaluate(
 ) -> list[Result]:
     """Measure a run by every protocol that fits its data, write ``evaluation.json`` and, of images, the report's gallery.
 
+    Language models are measured on held-out text, or on questions where they were trained on facts.
     Sentences are measured on the STS sets, and on labelled pairs or texts where the data hold any; code by where the answer to
     a question stands; user histories by the rank of the held-out item, images by their labels, images with captions by
     retrieval, gap and, where classes have names, zero-shot classification.
@@ -111,6 +113,10 @@ def evaluate(
             options = {"splits": ("test", "valid"), "limit": limit, "seed": config["fit"]["seed"]}
             found = ranking.measure(subjects, source, popularity=not trained_only, **options)
             found = [result for result in found if wanted(result.protocol, protocols)]
+        case "language":
+            judge = language_model(trained.scorer, device)[0] if trained.scorer else None
+            part = "test" if _place(source) == config["data"] or source == config["data"] else "all"
+            found = [*language.measure(subjects, source, protocols, split=part, scorer=judge)]
         case "pairs":
             own = config["fit"]["limit"] if data is None else None
             known = {"limit": own, "seed": config["fit"]["seed"], "trained_on": config["data"]}

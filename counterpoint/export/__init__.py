@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from counterpoint.errors import InputError, nearest
-from counterpoint.export import graphs, open_clip_folder, sentence_folder, timm_folder, weights
+from counterpoint.export import graphs, language_folder, open_clip_folder, sentence_folder, timm_folder, weights
 from counterpoint.export.weights import load_encoder
 from counterpoint.train.run import Run
 
@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, Format]] = {
         "sentence-transformers": Format(sentence_folder.save, "sentence-transformers"),
     },
     "histories": {"safetensors": SAFETENSORS},
+    "language": {"transformers": Format(language_folder.save, "transformers")},
     "pairs": {
         "safetensors": SAFETENSORS,
         "onnx": Format(graphs.save_towers, "onnx"),

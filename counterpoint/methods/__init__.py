@@ -45,6 +45,13 @@ BASELINES: tuple[Entry, ...] = (
     Entry(None, "clip", "CLIP", "image_text", "counterpoint.methods.image_text.clip:CLIP"),
     Entry(None, "sasrec", "SASRec", "recommendation", "counterpoint.methods.recommendation.sasrec:SASRec"),
     Entry(None, "cl4srec", "CL4SRec", "recommendation", "counterpoint.methods.recommendation.cl4srec:CL4SRec"),
+    Entry(
+        None,
+        "causal-lm",
+        "Causal language model",
+        "decoding",
+        "counterpoint.methods.decoding.causal_lm:CausalLanguageModel",
+    ),
 )
 """Published methods that the papers of the catalogue extend."""
 
@@ -143,10 +150,22 @@ CATALOGUE: tuple[Entry, ...] = (
         "counterpoint.methods.vision.projection_head:ProjectionHead",
     ),
     Entry(28, "dcl", "DCL: decoupled contrastive learning", "vision", "counterpoint.methods.vision.dcl:DCL"),
-    Entry(29, "lol", "LOL: multi-layer contrastive decoding", "decoding"),
+    Entry(
+        29,
+        "lol",
+        "LOL: multi-layer contrastive decoding",
+        "decoding",
+        "counterpoint.methods.decoding.lol:LOL",
+    ),
     Entry(30, "doco", "DoCo: document objects for visual document understanding", "image_text"),
     Entry(31, "autotcl", "AutoTCL: parametric augmentation of time series", "series"),
-    Entry(32, "contrastive-search", "Contrastive search and SimCTG", "decoding"),
+    Entry(
+        32,
+        "contrastive-search",
+        "Contrastive search and SimCTG",
+        "decoding",
+        "counterpoint.methods.decoding.contrastive_search:SimCTG",
+    ),
     Entry(
         33,
         "moe-embeddings",

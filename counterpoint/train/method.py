@@ -42,7 +42,7 @@ class Method(lightning.LightningModule):
     """Whether some of its weights take no part in some steps (several processes must know)."""
 
     family = "images"
-    """What it embeds, which decides how it is measured: "images", "sentences" or "histories"."""
+    """What it embeds, which decides how it is measured: "images", "sentences", "histories", "pairs" or "language"."""
 
     searched: str | None = None
     """Of pairs whose anchors are questions, the column that is searched for answers ("positive"): what an index holds."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from counterpoint.encoders import ImageEncoder, TextEncoder
+from counterpoint.encoders.causal import CausalLM, causal
 from counterpoint.errors import InputError
 from counterpoint.train.run import Run
 
@@ -66,6 +67,29 @@ def earlier_method(start: str | Path, kind: type[Any]) -> Any:
     if not isinstance(method, kind):
         raise InputError(f"start is {start}, a run of {type(method).__name__} and none of {kind.__name__}")
     return method
+
+
+def language_model(place: str | Path, device: torch.device | str = "cpu") -> tuple[CausalLM, CausalLM | None]:
+    """The language model of a run, with its amateur where the run trained one, or any of transformers; to generate with.
+
+    Args:
+        place: run folder, or whatever `counterpoint.encoders.causal.causal` takes.
+        device: where to.
+
+    Raises:
+        InputError: neither, or a run of something else.
+    """
+    path = Path(place).expanduser()
+    if not (path / "config.yaml").is_file():
+        return causal(str(place)).to(device).eval(), None
+    with torch.random.fork_rng(devices=[]):  # as in `earlier_encoder`
+        method = Run.open(path).model().to(device)
+    if method.family != "language":
+        raise InputError(f"{place} is a run of {type(method).__name__}, which is no language model")
+    for model in (found := getattr(method, "models", (method.encoder, None))):
+        if model is not None:
+            model.name = str(place)
+    return found
 
 
 def take_over(encoder: nn.Module, earlier: nn.Module) -> None:

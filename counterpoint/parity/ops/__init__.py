@@ -60,4 +60,4 @@ def op(name: str, *, gradient_of: tuple[str, ...] | Callable[[Outputs, Inputs], 
 
 
 # each registers its ops
-from counterpoint.parity.ops import image_text, language, points, recommendation, vision  # noqa: E402, F401
+from counterpoint.parity.ops import decoding, image_text, language, points, recommendation, vision  # noqa: E402, F401
