@@ -128,6 +128,12 @@ def regression(s: Shard, shift: Shift) -> Tensor:
     return supremix(features, value, temperature=s.temperature, share=share, window=3.0, shift=shift)
 
 
+def token_states(s: Shard) -> Tensor:
+    """Each item is a text of two to four tokens."""
+    hidden = torch.stack([s.z1, s.z2, s.z1 + s.z2, s.z1 - s.z2], dim=1)
+    return contrast.token_margin(hidden, torch.arange(4) < 2 + s.labels[:, None] % 3, margin=0.9)
+
+
 def local_negatives(s: Shard) -> Tensor:
     """Control: NT-Xent among the own rows, in plain torch."""
     x = contrast.unit(torch.cat([s.z1, s.z2]))
@@ -249,6 +255,7 @@ OBJECTIVES: dict[str, Callable[[Shard], Tensor]] = {
     "swapped_prediction, with a queue": lambda s: swapped(s, contrast.unit(s.queue.flip(1))),
     "supremix": partial(regression, shift="joint"),
     "supremix, separate shifts": partial(regression, shift="separate"),
+    "token_margin": token_states,
     "spectral_contrastive": lambda s: spectral_contrastive(s.z1, s.z2, mu=0.5),
     "gather alone": gather_alone,
     "control: own negatives only": local_negatives,

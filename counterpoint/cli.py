@@ -330,7 +330,9 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--strategy", default="contrastive-search", help=", ".join(STRATEGIES))
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--amateur", help="contrastive, lol: the model to contrast with (a run of lol has its own)")
-    parser.add_argument("--instruction", help="lol: text before the prompt that asks for the truth; its effect is added")
+    parser.add_argument(
+        "--instruction", help="lol: text before the prompt that asks for the truth; its effect is added"
+    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--no_stop", action="store_true", help="go on where the model ends its text")
     parser.add_argument("--seed", type=int, default=0, help="of nucleus and top-k")

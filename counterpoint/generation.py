@@ -59,7 +59,13 @@ def generate(
         raise InputError(f"{strategy} has no use for an amateur: leave it out")
     if instruction is not None and not chosen.takes_instruction:
         raise InputError(f"{strategy} contrasts with no instruction: leave it out, or put it into the prompt")
-    options: dict[str, Any] = {"steps": max_new_tokens, "batch_size": batch_size, "stop": stop, "seed": seed, "say": say}
+    options: dict[str, Any] = {
+        "steps": max_new_tokens,
+        "batch_size": batch_size,
+        "stop": stop,
+        "seed": seed,
+        "say": say,
+    }
     prompts = [prompt] if isinstance(prompt, str) else [*prompt]
     found = continued(chosen, lm, prompts, amateur=other, instruction=instruction, **options)
     return found[0] if isinstance(prompt, str) else found

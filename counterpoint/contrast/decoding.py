@@ -152,7 +152,11 @@ def contrastive_logprob(
     Raises:
         InputError: models of different vocabularies, or other shapes that do not agree.
     """
-    for name, other in (("amateur", amateur), ("truthful", truthful), *zip(("early", "early"), early or (), strict=False)):
+    for name, other in (
+        ("amateur", amateur),
+        ("truthful", truthful),
+        *zip(("early", "early"), early or (), strict=False),
+    ):
         if other is not None and other.shape != expert.shape:
             raise InputError(
                 f"expert and {name} must have one shape, not {list(expert.shape)} and {list(other.shape)}: contrast needs two "
@@ -190,7 +194,7 @@ def nucleus(logits: Tensor, *, top_p: float = 1.0, top_k: int | None = None, tem
     if top_k is not None and top_k < logits.shape[-1]:
         found, at = (logits / temperature).topk(top_k, -1)
     else:
-        found, at = (logits / temperature).sort(-1, descending=True, stable=True)
+        found, at = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     share = softmax(wide(found), -1)
     before = share.cumsum(-1) - share  # a token stays if those before it do not reach top_p
     share = share.masked_fill(before >= top_p, 0)

@@ -1,4 +1,4 @@
-"""Running text to train language models on: `load` gets documents from a name or a file, `packed` and `separate` make rows of tokens."""
+"""Running text to train language models on: `load` gets documents, `packed` and `separate` make rows of tokens of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def load(data: Any, split: str = "train") -> list[str]:
     if isinstance(data, str | Path):
         path = Path(data).expanduser()
         if not path.is_file():
-            raise InputError(f"{str(data)!r} is neither a file nor one of {', '.join(NAMES)}{nearest(str(data), NAMES)}")
+            raise InputError(
+                f"{str(data)!r} is neither a file nor one of {', '.join(NAMES)}{nearest(str(data), NAMES)}"
+            )
         found, name = _file(path), path.name
     elif isinstance(data, Sequence) and all(isinstance(document, str) for document in data):
         found, name = [*data], "the list"
@@ -73,15 +75,19 @@ def packed(documents: Sequence[str], tokenizer: Any, length: int, *, name: str =
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     flat = [token for row in rows for token in (*row, *end)]
     if len(flat) < length:
-        raise InputError(f"{name} has {len(flat):,} tokens, which is less than one row of {length}: take more text or shorter rows")
+        raise InputError(
+            f"{name} has {len(flat):,} tokens, which is less than one row of {length}: take more text or shorter rows"
+        )
     blocks = [flat[i : i + length] for i in range(0, len(flat) - length + 1, length)]
     return Sentences({"anchor": Ragged.of(blocks)}, end[0] if end else 0, name=name)
 
 
-def separate(documents: Sequence[str], tokenizer: Any, length: int, *, ends: bool = True, name: str = "text") -> Sentences:
-    """A row for each document, cut to `length` tokens; with `ends` between two end tokens where the tokeniser has one."""
+def separate(
+    documents: Sequence[str], tokenizer: Any, length: int, *, ends: bool = True, name: str = "text"
+) -> Sentences:
+    """A row for each document, cut to `length` tokens; with `ends` an end token behind it where the tokeniser has one."""
     end = [] if tokenizer.eos_token_id is None or not ends else [tokenizer.eos_token_id]
-    rows = [[*end, *row, *end][:length] or [0] for row in tokens(documents, tokenizer)]
+    rows = [[*row, *end][:length] or [0] for row in tokens(documents, tokenizer)]
     return Sentences({"anchor": Ragged.of(rows)}, tokenizer.eos_token_id or 0, name=name)
 
 
@@ -117,7 +123,9 @@ def paragraphs(lines: Sequence[str]) -> list[str]:
 
 def _brown(split: str) -> list[str]:
     lines = read_lines(sources.require("text_corpus", "brown_sentences.tsv.gz", "category TAB sentence"))
-    documents, group, before = [], [], ""
+    documents: list[str] = []
+    group: list[str] = []
+    before = ""
     for kind, sentence in (line.split("\t", 1) for line in lines):
         if group and (kind != before or len(group) == TOGETHER):
             documents.append(" ".join(group))
@@ -128,7 +136,9 @@ def _brown(split: str) -> list[str]:
 
 
 def _shakespeare(split: str) -> list[str]:
-    lines = read_lines(sources.require("text_corpus", "tinyshakespeare.txt.gz", "plays, an empty line between speeches"))
+    lines = read_lines(
+        sources.require("text_corpus", "tinyshakespeare.txt.gz", "plays, an empty line between speeches")
+    )
     speeches = paragraphs(lines)
     scenes = ["\n\n".join(speeches[i : i + TOGETHER]) for i in range(0, len(speeches), TOGETHER)]
     return part(scenes, split, "shakespeare")
@@ -137,7 +147,11 @@ def _shakespeare(split: str) -> list[str]:
 def _arxiv(split: str) -> list[str]:
     lines = read_lines(sources.require("arxiv_abstracts", "arxiv_12cat.csv.gz", "title, abstract"))
     table = separated(lines, ",", "arxiv_12cat.csv.gz")
-    return part([f"{title}. {abstract}" for title, abstract in zip(table["title"], table["abstract"], strict=True)], split, "arxiv")
+    return part(
+        [f"{title}. {abstract}" for title, abstract in zip(table["title"], table["abstract"], strict=True)],
+        split,
+        "arxiv",
+    )
 
 
 def _facts(name: str) -> Callable[[str], list[str]]:

@@ -58,7 +58,9 @@ def films(small: bool = False) -> tuple[Film, ...]:
     Raises:
         InputError: the set is not here.
     """
-    lines = read_lines(sources.require("recsys/ml-100k", "ml-100k.item.tsv.gz", "item_id, movie_title, release_year, class"))
+    lines = read_lines(
+        sources.require("recsys/ml-100k", "ml-100k.item.tsv.gz", "item_id, movie_title, release_year, class")
+    )
     table = separated(lines, "\t", "ml-100k.item.tsv.gz")
     named = {name.partition(":")[0]: column for name, column in table.items()}
     found: dict[str, Film] = {}

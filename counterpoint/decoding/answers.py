@@ -52,7 +52,9 @@ def answer_scores(
             is missing or has another tokeniser.
     """
     if not isinstance(strategy, Scored):
-        raise InputError(f"{type(strategy).__name__} does not score given answers; greedy, contrastive, dola and lol do")
+        raise InputError(
+            f"{type(strategy).__name__} does not score given answers; greedy, contrastive, dola and lol do"
+        )
     if strategy.needs_amateur and amateur is None:
         raise InputError(f"{type(strategy).__name__} contrasts two models, and there is no amateur")
     if amateur is not None:

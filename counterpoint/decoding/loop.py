@@ -51,7 +51,9 @@ def decode(
         InputError: no prompt, an empty one, one that leaves no room, a missing amateur, or one of another tokeniser.
     """
     if strategy.needs_amateur and amateur is None:
-        raise InputError(f"{type(strategy).__name__} contrasts two models: name the other one with --amateur (amateur=)")
+        raise InputError(
+            f"{type(strategy).__name__} contrasts two models: name the other one with --amateur (amateur=)"
+        )
     if not strategy.needs_amateur and amateur is not None:
         raise InputError(f"{type(strategy).__name__} has no use for an amateur: leave it out")
     if amateur is not None:
@@ -59,8 +61,9 @@ def decode(
     if not strategy.takes_instruction or not getattr(strategy, "refocus_weight", 1):
         instructed = None
     device = lm.model.get_input_embeddings().weight.device
-    steps = min(steps, *(room(model, rows, steps) for model, rows in ((lm, prompts), (amateur, prompts), (lm, instructed))
-                         if model is not None and rows is not None), steps)  # fmt: skip
+    for model, rows in ((lm, prompts), (amateur, prompts), (lm, instructed)):
+        if model is not None and rows is not None:
+            steps = room(model, rows, steps)
     batch = left_padded(prompts, lm.filler, device)
     readers = Readers(
         Reader(lm, *batch),
@@ -71,7 +74,8 @@ def decode(
     end = lm.end if stop else None
     found: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    for tokens, _ in zip(strategy.tokens(readers, generator), range(steps), strict=False):
+    # the range first: asked for one more, the strategy would read what nobody needs
+    for _, tokens in zip(range(steps), strategy.tokens(readers, generator), strict=False):
         new = tokens.tolist()
         running = [before and token != end for before, token in zip(running, new, strict=True)]
         for row, token in enumerate(new):
@@ -96,7 +100,9 @@ def room(lm: CausalLM, prompts: Sequence[Sequence[int]], steps: int) -> int:
         raise InputError(f"max_new_tokens must be at least 1, not {steps}")
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise InputError(f"prompt {number} is empty, and {lm.name} has no token to start a text with: give it a word")
+            raise InputError(
+                f"prompt {number} is empty, and {lm.name} has no token to start a text with: give it a word"
+            )
         if len(prompt) >= lm.positions:
             raise InputError(
                 f"prompt {number} has {len(prompt):,} tokens, but {lm.name} takes {lm.positions:,}, prompt and continuation "

@@ -1,12 +1,12 @@
 """A language model that reads a batch of texts as they grow: its cache, masks and positions, and a look ahead."""
 
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from counterpoint.encoders.causal import Answer, CausalLM
+from counterpoint.encoders.causal import CausalLM
 from counterpoint.errors import InputError
 
 
@@ -35,27 +35,38 @@ class Reader:
         self.lm, self.mask, self.shared = lm, attention_mask.long(), shared
         self.answer = lm(input_ids, self.mask, use_cache=True, last_only=True)
         if self.answer.cache is None:
-            raise InputError(f"{lm.name} ({type(lm.model).__name__}) returns no cache: it cannot be read token by token")
-        self.ahead = 0
+            raise InputError(
+                f"{lm.name} ({type(lm.model).__name__}) returns no cache: it cannot be read token by token"
+            )
+        self.ahead, self.choice = 0, cast(Tensor | None, None)
 
     @property
     def logits(self) -> Tensor:
         """``[B, V]``, of the next token."""
-        return self.answer.logits[:, -1]
+        return self._kept(self.answer.logits)[:, -1]
 
     @property
     def hidden(self) -> Tensor:
         """``[B, T, E]``, the last layer's states of the tokens that were read last."""
-        return self.answer.hidden
+        return self._kept(self.answer.hidden)
 
     def exit(self, layer: int) -> Tensor:
         """Logits ``[B, V]`` of the next token after that layer; see `CausalLM.exit`."""
-        return self.lm.exit(self.answer.layers, layer, slice(-1, None))[:, -1]
+        layers = self.answer.layers if self.choice is None else tuple(map(self._kept, self.answer.layers))
+        return self.lm.exit(layers, layer, slice(-1, None))[:, -1]
+
+    def _kept(self, states: Tensor) -> Tensor:
+        """Of what belongs to all candidates of the last look ahead, that of the one that was kept ``[B, 1, ...]``."""
+        if self.choice is None:
+            return states
+        at = torch.arange(len(self.choice), device=states.device), self.choice
+        return states.view(len(self.choice), self.ahead, -1)[at][:, None]
 
     def read(self, tokens: Tensor) -> None:
         """Read the next token ``[B]`` of every text."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.answer = self.lm(tokens[:, None], self.mask, cache=self.answer.cache, use_cache=True, last_only=True)
+        self.ahead, self.choice = 0, None
 
     def look_ahead(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Read each of the candidates ``[B, K]`` as the next token: states ``[B, K, E]`` and logits ``[B, K, V]`` after it.
@@ -64,25 +75,20 @@ class Reader:
         """
         if self.shared is None:
             self.shared = shares_cache(self.lm)
-        self.ahead = candidates.shape[1]
+        self.ahead, self.choice = candidates.shape[1], None
         return self._side_by_side(candidates) if self.shared else self._copied(candidates)
 
     def keep(self, choice: Tensor) -> None:
         """The candidates at `choice` ``[B]`` are the next tokens."""
-        cache, rows = self.answer.cache, torch.arange(len(choice), device=choice.device)
+        cache = self.answer.cache
         if self.shared:
             for layer in cache.layers:
                 if layer.keys is not None and layer.keys.numel():
-                    layer.keys, layer.values = (_kept(x, choice, self.ahead) for x in (layer.keys, layer.values))
+                    layer.keys, layer.values = (narrowed(x, choice, self.ahead) for x in (layer.keys, layer.values))
         else:
-            cache.reorder_cache(rows * self.ahead + choice)
+            cache.reorder_cache(torch.arange(len(choice), device=choice.device) * self.ahead + choice)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-
-        def chosen(x: Tensor) -> Tensor:
-            return x.view(len(choice), self.ahead, *x.shape[2:])[rows, choice][:, None]
-
-        was = self.answer
-        self.answer = Answer(chosen(was.logits), chosen(was.hidden), tuple(map(chosen, was.layers)), cache)
+        self.choice = choice
 
     def _side_by_side(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
         k, past = candidates.shape[1], self.mask.bool()
@@ -103,7 +109,7 @@ class Reader:
         return self.answer.hidden.view(rows, k, -1), self.answer.logits.view(rows, k, -1)
 
 
-def _kept(states: Tensor, choice: Tensor, k: int) -> Tensor:
+def narrowed(states: Tensor, choice: Tensor, k: int) -> Tensor:
     """Of ``[B, H, S + k, D]`` the first S tokens and the chosen one of the last k; changes `states`."""
     length = states.shape[2] - k + 1
     if len(choice) == 1:

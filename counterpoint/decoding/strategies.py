@@ -329,7 +329,11 @@ def check_amateur(expert: CausalLM, amateur: CausalLM) -> None:
     ours, theirs = expert.tokenizer.get_vocab(), amateur.tokenizer.get_vocab()
     if ours != theirs:
         other = next((token for token, i in sorted(ours.items(), key=lambda x: x[1]) if theirs.get(token) != i), None)
-        how = f"{len(ours):,} tokens and {len(theirs):,}" if other is None or len(ours) != len(theirs) else f"{other!r} differs"
+        how = (
+            f"{len(ours):,} tokens and {len(theirs):,}"
+            if other is None or len(ours) != len(theirs)
+            else f"{other!r} differs"
+        )
         raise InputError(
             f"expert {expert.name} and amateur {amateur.name} have different tokenisers ({how}): contrast compares the "
             "probabilities of the same tokens, so the amateur must share the expert's"

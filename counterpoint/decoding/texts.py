@@ -80,8 +80,8 @@ class Growing:
     """A text that grows token by token, said as soon as it is certain: a letter may take several tokens."""
 
     def __init__(self, lm: CausalLM):
-        self.tokenizer, self.ids, self.said = lm.tokenizer, [], ""
-        self.ids: list[int]
+        self.tokenizer, self.said = lm.tokenizer, ""
+        self.ids: list[int] = []
 
     def add(self, token: int) -> str:
         self.ids.append(token)
@@ -101,6 +101,11 @@ def beam(lm: CausalLM, prompts: Sequence[Sequence[int]], *, steps: int, width: i
     """Beam search by transformers' own `generate`: new ids of each prompt."""
     steps = room(lm, prompts, steps)
     ids, mask = left_padded(prompts, lm.filler, lm.model.get_input_embeddings().weight.device)
-    options: dict[str, Any] = {"num_beams": width, "do_sample": False, "max_new_tokens": steps, "pad_token_id": lm.filler}
+    options: dict[str, Any] = {
+        "num_beams": width,
+        "do_sample": False,
+        "max_new_tokens": steps,
+        "pad_token_id": lm.filler,
+    }
     out = lm.model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
     return [row[: row.index(lm.end)] if lm.end in row else row for row in out]

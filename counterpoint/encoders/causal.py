@@ -273,7 +273,11 @@ def _fresh(settings: dict[str, Any], tokenizer: str | None, positions: int, drop
     settings = {"vocab_size": learns or len(made), "max_position_embeddings": positions, **settings}
     if kind == "gpt2":
         settings["n_positions"] = settings.pop("max_position_embeddings")
-    for key, token in (("eos_token_id", made.eos_token_id), ("bos_token_id", made.bos_token_id), ("pad_token_id", made.pad_token_id)):
+    for key, token in (
+        ("eos_token_id", made.eos_token_id),
+        ("bos_token_id", made.bos_token_id),
+        ("pad_token_id", made.pad_token_id),
+    ):
         settings.setdefault(key, token)
     try:
         config = transformers.AutoConfig.for_model(kind, **settings)
@@ -312,4 +316,3 @@ def _wrapped(core: Any) -> Any:
         tokenizer_object=core, eos_token=END, bos_token=END, pad_token=PAD, model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.functional import log_softmax
 
 from counterpoint.contrast import geometry
 from counterpoint.data import corpus, facts
-from counterpoint.decoding import answer_scores, beam, decode, strategy
+from counterpoint.decoding import answer_scores, beam, decode, encoded, strategy
 from counterpoint.decoding.loop import left_padded
 from counterpoint.encoders.causal import CausalLM
 from counterpoint.errors import InputError, nearest
@@ -102,18 +103,19 @@ def log_probabilities(lm: CausalLM, texts: Ids, starts: Sequence[int]) -> list[T
 def perplexity(lm: CausalLM, documents: Sequence[str], *, subject: str = "") -> Result:
     """exp of the mean negative log-probability of a token of held-out documents: protocol `perplexity`; low is good.
 
-    At most 200 documents, each cut to 128 tokens and behind an end token where there is one. Depends on the tokeniser; the
-    detail's `bits_per_byte` does not.
+    At most 200 documents, each cut to 128 tokens; the first is given. Depends on the tokeniser; the detail's `bits_per_byte`
+    does not.
 
     Raises:
         InputError: no document with a token to predict.
     """
-    rows, texts = _rows(lm, documents)
+    rows = _rows(lm, documents)
     each = log_probabilities(lm, rows, [1] * len(rows))
     total, count = -float(sum(x.sum() for x in each)), sum(map(len, each))
     if count == 0:
         raise InputError("the held-out text has no token to predict")
-    detail = {"bits_per_byte": total / math.log(2) / sum(len(text.encode()) for text in texts), "tokens": float(count)}
+    size = sum(len(lm.tokenizer.decode(row[1:]).encode()) for row in rows)
+    detail = {"bits_per_byte": total / math.log(2) / max(size, 1), "tokens": float(count)}
     return Result("perplexity", "perplexity", math.exp(min(total / count, 700.0)), None, count, subject, detail)
 
 
@@ -125,7 +127,7 @@ def isotropy(lm: CausalLM, documents: Sequence[str], *, subject: str = "") -> Re
 
     Source: Su and Xu 2023 (arXiv 2210.14140); see `counterpoint.contrast.isotropy`.
     """
-    rows, _ = _rows(lm, documents)
+    rows = _rows(lm, documents)
     states, lengths = [], []
     device = lm.model.get_input_embeddings().weight.device
     for first in range(0, len(rows), 16):
@@ -136,11 +138,9 @@ def isotropy(lm: CausalLM, documents: Sequence[str], *, subject: str = "") -> Re
     return Result("isotropy", "isotropy", value, None, len(rows), subject)
 
 
-def _rows(lm: CausalLM, documents: Sequence[str]) -> tuple[list[list[int]], list[str]]:
-    """Ids of each document behind an end token, and the text that they cover."""
-    end = [] if lm.end is None else [lm.end]
-    rows = [row[: LENGTH - len(end)] for row in corpus.tokens(documents[:TEXTS], lm.tokenizer)]
-    return [[*end, *row] for row in rows], [lm.tokenizer.decode(row) for row in rows]
+def _rows(lm: CausalLM, documents: Sequence[str]) -> list[list[int]]:
+    """Ids of each document, from its beginning."""
+    return [row[:LENGTH] for row in encoded(lm, documents[:TEXTS])]
 
 
 def open_ended(
@@ -173,9 +173,11 @@ def open_ended(
     Source: Su and Xu 2023 (arXiv 2210.14140), section 4; its scorer is OPT-2.7B, its prompts are WebText's.
     """
     if writer not in WRITERS:
-        raise InputError(f'open-ended has no writer "{writer}"; there are {", ".join(WRITERS)}{nearest(writer, WRITERS)}')
+        raise InputError(
+            f'open-ended has no writer "{writer}"; there are {", ".join(WRITERS)}{nearest(writer, WRITERS)}'
+        )
     name, settings = WRITERS[writer]
-    rows = [row for row in corpus.tokens(documents, lm.tokenizer) if len(row) >= PROMPT + NEW][:PROMPTS]
+    rows = [row for row in encoded(lm, documents) if len(row) >= PROMPT + NEW][:PROMPTS]
     if not rows:
         raise InputError(f"no held-out document has {PROMPT + NEW} tokens: open-ended needs longer ones")
     prompts, own = [row[:PROMPT] for row in rows], [row[PROMPT : PROMPT + NEW] for row in rows]
@@ -204,10 +206,9 @@ def coherence(scorer: CausalLM, prompts: Sequence[str], continuations: Sequence[
 
     Source: Su and Xu 2023 (arXiv 2210.14140), section 4.
     """
-    before, after = (corpus.tokens(texts, scorer.tokenizer) for texts in (prompts, continuations))
-    end = [] if scorer.end is None else [scorer.end]
-    rows = [[*end, *a, *b][: scorer.positions] for a, b in zip(before, after, strict=True)]
-    each = log_probabilities(scorer, rows, [len(end) + len(a) for a in before])
+    before, after = encoded(scorer, prompts), corpus.tokens(continuations, scorer.tokenizer)
+    rows = [[*a, *b][: scorer.positions] for a, b in zip(before, after, strict=True)]
+    each = log_probabilities(scorer, rows, [len(a) for a in before])
     means = [float(x.mean()) for x in each if len(x)]
     if not means:
         raise InputError("no continuation has a token for the scorer to judge")
@@ -240,10 +241,9 @@ def facts_mc1(
         raise InputError(f'facts-mc1 has no rater "{rater}"; there are {", ".join(RATERS)}{nearest(rater, RATERS)}')
     name, settings = RATERS[rater]
     chosen = strategy(name, **settings)
-    end = [] if lm.end is None else [lm.end]
     flat = [(question.prompt, answer) for question in questions for answer in (*question.right, *question.wrong)]
-    prompts = [[*end, *row] for row in corpus.tokens([prompt for prompt, _ in flat], lm.tokenizer)]
-    told = [[*end, *row] for row in corpus.tokens([facts.PREFIX + prompt for prompt, _ in flat], lm.tokenizer)]
+    prompts = encoded(lm, [prompt for prompt, _ in flat])
+    told = encoded(lm, [facts.PREFIX + prompt for prompt, _ in flat])
     answers = corpus.tokens([answer for _, answer in flat], lm.tokenizer)
     other = amateur if chosen.needs_amateur else None
     parts = []
@@ -263,16 +263,29 @@ def facts_mc1(
         each["mc2"].append(float(share[: len(right)].sum() / share.sum()))
         each["mc3"].append(float((right > wrong.max()).mean()))
         chance.append(1 / (1 + len(wrong)))
-    detail = {key: 100 * float(np.mean(values)) for key, values in each.items()} | {"chance": 100 * float(np.mean(chance))}
+    detail = {key: 100 * float(np.mean(values)) for key, values in each.items()} | {
+        "chance": 100 * float(np.mean(chance))
+    }
     hits = np.array(each["mc1"])
     between = bootstrap(hits)
     return Result(
-        f"facts-mc1:{rater}", "accuracy", detail.pop("mc1"), (100 * between[0], 100 * between[1]), len(hits), subject, detail
+        f"facts-mc1:{rater}",
+        "accuracy",
+        detail.pop("mc1"),
+        (100 * between[0], 100 * between[1]),
+        len(hits),
+        subject,
+        detail,
     )
 
 
 def measure(
-    subjects: Mapping[str, Any], source: Any, names: Sequence[str] | None = None, *, split: str = "test", scorer: Any = None
+    subjects: Mapping[str, Any],
+    source: Any,
+    names: Sequence[str] | None = None,
+    *,
+    split: str = "test",
+    scorer: Any = None,
 ) -> Iterator[Result]:
     """Protocols on every subject: `perplexity` and `isotropy` of held-out text, or `facts-mc1` where the data are facts.
 
@@ -289,7 +302,11 @@ def measure(
     trained = subjects["trained"]
     about_facts = isinstance(source, str) and source in facts.NAMES
     if names is None:
-        fitting = [key for key, (kind, _) in RATERS.items() if not strategy(kind).needs_amateur or trained.models[1] is not None]
+        fitting = [
+            key
+            for key, (kind, _) in RATERS.items()
+            if not strategy(kind).needs_amateur or trained.models[1] is not None
+        ]
         names = [f"facts-mc1:{key}" for key in fitting] if about_facts else ["perplexity", "isotropy"]
     for method in subjects.values():
         for own in method.models:
@@ -302,12 +319,20 @@ def measure(
             known = ", ".join(("perplexity", "isotropy", "open-ended:WRITER", "facts-mc1:RATER"))
             raise InputError(f'no protocol named "{name}"; there are {known}')
         if about_facts != (kind == "facts-mc1"):
-            raise InputError(f"{name} does not fit {source}: it needs {'text' if about_facts else 'one of ' + ', '.join(facts.NAMES)}")
+            raise InputError(
+                f"{name} does not fit {source}: it needs {'text' if about_facts else 'one of ' + ', '.join(facts.NAMES)}"
+            )
         for subject, method in subjects.items():
             lm, amateur = method.models
             if kind == "facts-mc1":
                 yield facts_mc1(lm, facts.questions(source), which, amateur=amateur, subject=subject)
             elif kind == "open-ended" and subject != "untrained":
-                yield open_ended(lm, documents or [], which, amateur=amateur, scorer=scorer, subject=subject)
+                written = open_ended(lm, documents or [], which, amateur=amateur, scorer=scorer, subject=subject)
+                yield written
+                if "untrained" in subjects and subject == "trained":  # what nobody had to learn
+                    own = {
+                        key.removeprefix("reference_"): n for key, n in written.detail.items() if "reference_" in key
+                    }
+                    yield replace(written, value=own.pop("diversity"), subject="held-out text", detail=own)
             elif kind in ("perplexity", "isotropy"):
                 yield (perplexity if kind == "perplexity" else isotropy)(lm, documents or [], subject=subject)

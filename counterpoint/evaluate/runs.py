@@ -114,7 +114,7 @@ def evaluate(
             found = ranking.measure(subjects, source, popularity=not trained_only, **options)
             found = [result for result in found if wanted(result.protocol, protocols)]
         case "language":
-            judge = language_model(trained.scorer, device)[0] if trained.scorer else None
+            judge = language_model(str(trained.scorer), device)[0] if trained.scorer else None
             part = "test" if _place(source) == config["data"] or source == config["data"] else "all"
             found = [*language.measure(subjects, source, protocols, split=part, scorer=judge)]
         case "pairs":

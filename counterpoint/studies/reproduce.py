@@ -18,6 +18,8 @@ from counterpoint.studies.arms import BEST, interval, run_arm
 
 CELL = re.compile(r"\b[a-z_]\w*(@[\w.]+)?(:[a-z]\w*)?")
 START = "start"
+BEFORE = (START, "scorer")
+"""Entries of a budget that are no arms: what is trained first and handed to the arms as their argument of that name."""
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -45,19 +47,27 @@ class Study:
             raise InputError(f'study {self.slug} has no budget "{budget}"; it has {", ".join(self.budgets)}')
         found = {}
         for arm, changes in self.budgets[budget].items():
-            if arm == START:
+            if arm in BEFORE:
                 continue
-            changes = dict(changes)
+            changes = {key: value for key, value in changes.items() if key != "protocol"}
             name = changes.pop("recipe")
             for values in itertools.product(*self.over.values()):
                 cell = arm + "".join(f"@{value}" for value in values)
                 found[cell] = experiment(name, **{**changes, **dict(zip(self.over, values, strict=True))})
         return found
 
-    def start(self, budget: str) -> Experiment | None:
-        """What is trained first, once for each seed: every arm that does not say otherwise gets that run as its ``start``."""
-        changes = dict(self.budgets[budget].get(START, {}))
-        return experiment(changes.pop("recipe"), **changes) if changes else None
+    def before(self, budget: str) -> dict[str, Experiment]:
+        """What is trained first, once a seed, by the argument that every arm gets that run as, unless it says otherwise."""
+        found = {}
+        for role in BEFORE:
+            changes = {key: value for key, value in self.budgets[budget].get(role, {}).items() if key != "protocol"}
+            if changes:
+                found[role] = experiment(changes.pop("recipe"), **changes)
+        return found
+
+    def protocol(self, cell: str, budget: str) -> str:
+        """What measures an arm: the study's metric, or the arm's own ``protocol``."""
+        return self.budgets[budget][cell.partition("@")[0]].get("protocol", self.metric)
 
 
 @cache
@@ -106,23 +116,24 @@ def reproduce(
     arms = study.arms(budget)
     folder = Path(out) / (study.runs or slug) / budget
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    # arms that differ in nothing but how they are measured are measured on one run
+    owner = {name: next(other for other in arms if arms[other] == arm) for name, arm in arms.items()}
     first = next(iter(arms))
-    before = study.start(budget)
+    before = study.before(budget)
     for seed in seeds:
-        place = folder / f"{START}-seed{seed}"
-        if before is not None:
+        given = {role: str(folder / f"{role}-seed{seed}") for role in before}
+        for role, common in before.items():
             # what is common may have no classifier that the metric asks for
-            asked = "knn-200-0.1" if methods.get(before.method).family == "images" else study.metric
-            run_arm(before, seed, place, protocols=[asked], trained_only=True)
+            images = methods.get(common.method).family == "images"
+            asked = "knn-200-0.1" if images else study.protocol(role, budget)
+            run_arm(common, seed, Path(given[role]), protocols=[asked], trained_only=True)
         for name, arm in arms.items():
-            if before is not None and START not in arm.model:
-                arm = replace(arm, model={**arm.model, START: str(place)})
-            cells[name].append(
-                run_arm(arm, seed, folder / f"{name}-seed{seed}", protocols=[study.metric], trained_only=name != first)
-            )
+            arm = replace(arm, model={**given, **arm.model})
+            protocols, place = [study.protocol(name, budget)], folder / f"{owner[name]}-seed{seed}"
+            cells[name].append(run_arm(arm, seed, place, protocols=protocols, trained_only=name != first))
     record = judge(study, budget, seeds, cells)
-    if before is not None:
-        record["start"] = as_data({"method": before.method, "data": before.data, **before.model, **before.fit})
+    for role, common in before.items():
+        record[role] = as_data({"method": common.method, "data": common.data, **common.model, **common.fit})
     if save and len(seeds) >= 3:
         suffix = "" if budget == "cpu" else f"-{budget}"
         results.save(results.folder() / "studies" / f"{slug}{suffix}.json", record)
@@ -131,10 +142,14 @@ def reproduce(
 
 def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The record of a study from its finished arms."""
-    measured = {name: [arm["results"][study.metric] for arm in arms] for name, arms in cells.items()}
+    by = {name: study.protocol(name, budget) for name in cells}
+    measured = {name: [arm["results"][by[name]] for arm in arms] for name, arms in cells.items()}
     scores = {name: [subjects[study.subject] for subjects in arms] for name, arms in measured.items()}
-    details = {name: [_detail(arm, study) for arm in arms] for name, arms in cells.items()}
-    known = {name: [arm.get("recorded", {}) | _detail(arm, study) for arm in arms] for name, arms in cells.items()}
+    details = {name: [_detail(arm, by[name], study.subject) for arm in arms] for name, arms in cells.items()}
+    known = {
+        name: [arm.get("recorded", {}) | found for arm, found in zip(arms, details[name], strict=True)]
+        for name, arms in cells.items()
+    }
     per_seed = [
         {name: values[i] for name, values in scores.items()}
         | {f"{name}:{key}": number for name, found in known.items() for key, number in found[i].items()}
@@ -146,7 +161,7 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
         margin, margin_ci = interval([margin_of(text, cell) for cell in per_seed])
         holds = margin_ci is not None and (margin_ci[0] >= 0 if ">=" in text or "<=" in text else margin_ci[0] > 0)
         expectations.append({"expect": text, "margin": margin, "ci": margin_ci, "holds": holds})
-    first = next(iter(cells.values()))[0]["results"][study.metric]
+    first = next(iter(measured.values()))[0]
     environment = _environment()
     return {
         "slug": study.slug,
@@ -167,7 +182,8 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
                 "mean": interval(scores[name])[0],
                 "detail": _means(details[name]),
                 **({"last": [subjects["trained"] for subjects in measured[name]]} if study.subject == BEST else {}),
-                "config": {key: value for key, value in arms[0]["config"].items() if key not in ("seed", START)},
+                **({"protocol": by[name]} if by[name] != study.metric else {}),
+                "config": {key: value for key, value in arms[0]["config"].items() if key not in ("seed", *BEFORE)},
                 "minutes": [arm["minutes"] for arm in arms],
                 **({study.diagnose: [_recorded(arm, study.diagnose) for arm in arms]} if study.diagnose else {}),
             }
@@ -178,8 +194,8 @@ def judge(study: Study, budget: str, seeds: list[int], cells: dict[str, list[dic
     }
 
 
-def _detail(arm: dict[str, Any], study: Study) -> dict[str, float]:
-    return arm.get("detail", {}).get(study.metric, {}).get(study.subject, {})
+def _detail(arm: dict[str, Any], protocol: str, subject: str) -> dict[str, float]:
+    return arm.get("detail", {}).get(protocol, {}).get(subject, {})
 
 
 def _recorded(arm: dict[str, Any], name: str) -> Any:

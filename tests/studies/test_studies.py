@@ -455,7 +455,7 @@ def test_every_study_of_the_package_is_whole_and_fair(slug):
     assert found.claim and len(found.seeds) >= 3
     for budget in found.budgets:
         arms = found.arms(budget)
-        assert (found.start(budget) is not None) == ("start" in found.budgets[budget])
+        assert {*found.before(budget)} == {"start", "scorer"} & {*found.budgets[budget]}
         details = {name for text in (found.effect, *found.expect) for name in re.findall(r"[\w@.]+:\w+", text)}
         assert {name.partition(":")[0] for name in details} <= arms.keys()
         cell = dict.fromkeys([*arms, *details], 1.0)

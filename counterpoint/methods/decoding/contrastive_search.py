@@ -11,7 +11,7 @@ from counterpoint.train.method import Batch
 
 
 class SimCTG(CausalLanguageModel):
-    r"""Next-token prediction, and a contrast between the states of the tokens of a text: the trainable side of contrastive search.
+    r"""Next-token prediction, and a contrast between the states of a text's tokens: the trainable side of contrastive search.
 
     .. math::
         \mathcal{L} = \mathcal{L}_{MLE} + \frac{\sum_b \sum_{i \ne j} [\rho - 1 + \cos(h_i^b, h_j^b)]_+}{\sum_b n_b (n_b - 1)}
@@ -46,7 +46,9 @@ class SimCTG(CausalLanguageModel):
     def __init__(self, margin: float = 0.5, contrast_weight: float = 1.0, **causal_lm: Any):
         super().__init__(**causal_lm)
         if not 0 <= margin <= 2 or contrast_weight < 0:
-            raise InputError(f"margin lies between 0 and 2, contrast_weight is not negative, got {margin} and {contrast_weight}")
+            raise InputError(
+                f"margin lies between 0 and 2, contrast_weight is not negative, got {margin} and {contrast_weight}"
+            )
         self.margin, self.contrast_weight = margin, contrast_weight
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
