@@ -141,7 +141,8 @@ class MCL(Method):
     def warn_of_small_groups(self, items: int) -> None:
         """Say before the training what would end it after the first stage."""
         splits = min(len(self.stages) - 1, 1 if self.labels == "last" else len(self.stages))
-        mean, batch = items / self.clusters**splits, self.trainer.train_dataloader.batch_size
+        loader: Any = self.trainer.train_dataloader
+        mean, batch = items / self.clusters**splits, loader.batch_size
         if splits and mean < batch:
             log.warning(
                 "groups of the last stage will have %.1f items on average, fewer than a batch of %d, and smaller groups are "
