@@ -583,7 +583,12 @@ def _train_options(name: str, recipe: Any, argv: list[str]) -> dict[str, Any]:
         raise InputError(f"{name} has no option {option}{nearest(option, known)}") from error
     for token in argv:
         option = token.split("=", 1)[0]
-        if option.startswith("--") and option not in known and option != "--print_config":
+        if (
+            option.startswith("--")
+            and option not in known
+            and option != "--print_config"
+            and not _inside(option, known)
+        ):
             raise InputError(f"{name} has no option {option}{nearest(option, known)}")
     printing = "--print_config" in argv
     try:
@@ -613,6 +618,13 @@ def _said(message: str) -> str:
     words = {"<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false"}
     words |= {"<class 'tuple'>": "a list such as [512, 128]", "<class 'str'>": "a word"}
     return f"{key} must be {words.get(wanted, wanted.replace('tuple with', 'a list of'))}, not {value}"
+
+
+def _inside(option: str, known: list[str]) -> bool:
+    """Whether it names a field of an argument that may be none, whose fields jsonargparse does not list."""
+    name, dot, _ = option.partition(".")
+    fields = [other for other in known if other.startswith(f"{name}.") and other != f"{name}.help"]
+    return bool(dot) and name in known and not fields
 
 
 class _Parser(argparse.ArgumentParser):

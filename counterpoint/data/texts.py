@@ -48,8 +48,8 @@ class Texts:
         label: int64 [N], 1 where anchor and positive belong together and 0 where they do not, if the data say so.
         domain: int64 [N], of which of the `domains` a row is, where there are several.
         domains: their names.
-        class_of: int64 [N, P], which of the `classes` each row belongs to, the first one before others, -1 fills up;
-            of single sentences only.
+        class_of: int64 [N, P], which of the `classes` each row belongs to, the first one before others, -1 fills up. Rows of
+            two sentences with classes are neither positives nor negatives.
         classes: what the classes are called, as one would say it.
     """
 
@@ -77,6 +77,11 @@ class Texts:
         """Every distinct sentence of every column, in order of appearance."""
         return list(dict.fromkeys(sentence for column in self.columns.values() for sentence in column))
 
+    @property
+    def first_class(self) -> np.ndarray | None:
+        """int64 [N]: the class of each row, its first where it has several; None without classes."""
+        return None if self.class_of is None else self.class_of[:, 0]
+
     def positives(self) -> Texts:
         """The rows whose sentences belong together: all that are not labelled 0."""
         return self if self.label is None else self.subset(np.flatnonzero(self.label == 1))
@@ -94,6 +99,7 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     whole: bool = False,
+    classes: bool = False,
 ) -> Texts:
     """Sentences from a known name, a file, lists of strings or a DataFrame.
 
@@ -114,6 +120,8 @@ def load(
         whole: keep every row, also empty and repeated ones, so that row i of the result is row i of the data (to embed
             it). Otherwise rows with an empty sentence and repeated rows are left out, since a repeated sentence would
             be its own negative, and the log says how many.
+        classes: a column ``label`` names the class of each row, of one sentence or of two: whole numbers from 0, or words
+            (whose numbers are their alphabetical order). Known sets with classes have them in any case.
 
     Raises:
         InputError: nothing there, a line that is not UTF-8 (with its number), no column of sentences (with the
@@ -126,7 +134,7 @@ def load(
         parts = [NAMES[name](part or split) for name, _, part in named]
         found = parts[0] if len(parts) == 1 else joined(parts, [name.removesuffix(PAIRS) for name, _, _ in named])
     else:
-        found = _own(data, columns)
+        found = _own(data, columns, classes)
         if split != "train":
             raise InputError(
                 f"{found.name} has no split {split!r}: own sentences are one set; hold out a file yourself"
@@ -138,11 +146,11 @@ def load(
     return found if limit is None or limit >= len(found) else found.subset(chosen(len(found), limit, seed).tolist())
 
 
-def _own(data: Any, columns: Sequence[str] | None) -> Texts:
+def _own(data: Any, columns: Sequence[str] | None, classes: bool) -> Texts:
     if isinstance(data, str | Path):
-        return _file(Path(data).expanduser(), str(data), columns)
+        return _file(Path(data).expanduser(), str(data), columns, classes)
     if isinstance(data, Mapping) or hasattr(data, "columns"):  # a DataFrame, without importing pandas
-        return _table(as_columns(data), "the table", columns)
+        return _table(as_columns(data), "the table", columns, classes)
     if isinstance(data, np.ndarray | Sequence) or hasattr(data, "tolist"):
         rows = list(data.tolist() if hasattr(data, "tolist") else data)
         return _rows(rows)
@@ -173,7 +181,7 @@ def _parts(width: int) -> list[str]:
     return ["anchor", "positive", "negative", *(f"negative_{i}" for i in range(2, width))][:width]
 
 
-def _file(path: Path, given: str, columns: Sequence[str] | None) -> Texts:
+def _file(path: Path, given: str, columns: Sequence[str] | None, classes: bool) -> Texts:
     if not path.is_file():
         if path.is_dir():
             raise InputError(f"{given} is a folder; sentences come from one file (.txt, {', '.join(TABLES)})")
@@ -181,16 +189,16 @@ def _file(path: Path, given: str, columns: Sequence[str] | None) -> Texts:
         raise InputError(f"{given!r} is neither a file nor one of {known}{nearest(given, NAMES)}")
     kind, name = kind_of(path), path.name
     if kind == ".parquet":
-        return _table(_parquet(path), name, columns)
+        return _table(_parquet(path), name, columns, classes)
     lines = read_lines(path)
     match kind:
         case ".csv" | ".tsv":
-            return _table(separated(lines, "\t" if kind == ".tsv" else ",", name), name, columns)
+            return _table(separated(lines, "\t" if kind == ".tsv" else ",", name), name, columns, classes)
         case ".jsonl" | ".ndjson":
             rows = _json_rows(lines, name)
             if rows and all(isinstance(row, str | list) for row in rows):
                 return replace(_rows(rows), name=name)
-            return _table(_json_table(rows, name), name, columns)
+            return _table(_json_table(rows, name), name, columns, classes)
         case ".json" | ".xlsx" | ".xls" | ".arrow" | ".pdf" | ".docx" | ".zip":
             raise InputError(f"{given} is no kind of file we read; save it as .txt, {', '.join(TABLES)}")
     return Texts({"anchor": lines}, name=name)
@@ -286,7 +294,7 @@ def _parquet(path: Path) -> dict[str, list[Any]]:
         raise InputError(f"{path} cannot be read as Parquet ({' '.join(str(error).split())})") from error
 
 
-def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None) -> Texts:
+def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None, classes: bool) -> Texts:
     found = ", ".join(table) or "none"
     if columns is not None:
         if missing := [title for title in columns if title not in table]:
@@ -307,6 +315,8 @@ def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None
     parts = {
         part: [as_text(cell) for cell in table[title]] for part, title in zip(_parts(len(titles)), titles, strict=True)
     }
+    if classes:
+        return replace(Texts(parts, name=name), **_one_class(table, titles, name))
     score = None
     judged = [title for title in table if title.lower() in SCORE]
     if len(titles) == 2 and judged:
@@ -318,8 +328,8 @@ def _table(table: dict[str, list[Any]], name: str, columns: Sequence[str] | None
     answers = [[as_text(cell).strip() for cell in table[title]] for title in table if title.lower() == "label"]
     if len(titles) == 2 and score is None and answers and {*answers[0]} <= {"0", "1"}:
         label = np.array(answers[0], dtype=np.int64)
-    classes = _classes(table, titles) if len(titles) == 1 else {}
-    return replace(Texts(parts, score, name, label), **_domains(table, titles, name), **classes)
+    named = _classes(table, titles) if len(titles) == 1 else {}
+    return replace(Texts(parts, score, name, label), **_domains(table, titles, name), **named)
 
 
 def _classes(table: dict[str, list[Any]], titles: list[str]) -> dict[str, Any]:
@@ -345,6 +355,27 @@ def classed(rows: Sequence[Sequence[str]], classes: Sequence[str]) -> dict[str, 
     for row, names in zip(class_of, rows, strict=True):
         row[: len(names)] = [number[name] for name in names]
     return {"class_of": class_of, "classes": tuple(classes)}
+
+
+def _one_class(table: dict[str, list[Any]], titles: list[str], name: str) -> dict[str, Any]:
+    """As `_classes`, of a column ``label`` that gives each row one class: a whole number from 0, or a word."""
+    column = next((table[title] for title in table if title.lower() == "label" and title not in titles), None)
+    if column is None:
+        return {}
+    cells = [as_text(cell).strip() for cell in column]
+    if "" in cells:
+        raise InputError(
+            f"row {cells.index('') + 1:,} of {name} has no label; its column label must hold one in each row"
+        )
+    # 1.0 is what a table makes of 1 when another cell is empty
+    whole = [cell.removesuffix(".0") for cell in cells]
+    if all(re.fullmatch(r"\d{1,6}", cell) for cell in whole):
+        return classed([[str(int(cell))] for cell in whole], [str(i) for i in range(max(map(int, whole)) + 1)])
+    if all(re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", cell) for cell in cells):
+        raise InputError(
+            f"column label of {name} holds numbers that are no classes; a class is a whole number from 0, or a word"
+        )
+    return classed([[cell] for cell in cells], sorted({*cells}))
 
 
 def _domains(table: dict[str, list[Any]], titles: list[str], name: str) -> dict[str, Any]:
@@ -376,7 +407,8 @@ def joined(parts: Sequence[Texts], domains: Sequence[str]) -> Texts:
     first = parts[0]
     for part in parts[1:]:
         same = part.columns.keys() == first.columns.keys() and (part.label is None) == (first.label is None)
-        if not same or part.score is not None or first.score is not None or part.domain is not None:
+        special = [x for x in (part, first) if x.score is not None or x.classes]
+        if not same or special or part.domain is not None:
             forms = " and ".join(f"{x.name} ({', '.join(x.columns)})" for x in (first, part))
             raise InputError(f"{forms} are not of one form and cannot be the domains of one set")
     columns = {part: [cell for x in parts for cell in x.columns[part]] for part in first.columns}
@@ -425,7 +457,7 @@ def _clean(texts: Texts) -> Texts:
     first: dict[tuple[Any, ...], int] = {}
     for i in full:
         first.setdefault((None if texts.domain is None else int(texts.domain[i]), *rows[i]), i)
-    if (repeated := len(full) - len(first)) and texts.score is None and texts.label is None:
+    if (repeated := len(full) - len(first)) and texts.score is None and texts.label is None and not texts.classes:
         what = "repeated sentences" if len(texts.columns) == 1 else "repeated rows"
         log.warning("%s: %s %s left out (each would be its own negative)", texts.name, f"{repeated:,}", what)
         full = list(first.values())
@@ -462,12 +494,13 @@ STS = ("sts12", "sts13", "sts14", "sts15", "sts16", "stsb", "sick")
 
 def without(texts: Texts, others: Iterable[str]) -> Texts:
     """`texts` without the rows that hold a sentence of `others`, whatever its case, spacing or full stop."""
-    known = {_key(sentence) for sentence in others}
+    known = {plain(sentence) for sentence in others}
     rows = zip(*texts.columns.values(), strict=True)
-    return texts.subset(i for i, row in enumerate(rows) if not any(_key(cell) in known for cell in row))
+    return texts.subset(i for i, row in enumerate(rows) if not any(plain(cell) in known for cell in row))
 
 
-def _key(sentence: str) -> str:
+def plain(sentence: str) -> str:
+    """A sentence without what makes no other of it: case, spacing, punctuation."""
     return " ".join(re.findall(r"\w+", sentence.lower()))
 
 
@@ -561,9 +594,9 @@ def _paired(name: str) -> Callable[[str], Texts]:
 
 def _labelled(name: str) -> Callable[[str], Texts]:
     def load_labelled(split: str) -> Texts:
-        from counterpoint.data import labelled  # which needs this module
+        from counterpoint.data import classes, labelled  # which need this module
 
-        return labelled.load(name, split)
+        return labelled.load(name, split) if name.removesuffix("-held") in LABELLED else classes.texts_of(name, split)
 
     return load_labelled
 
@@ -571,6 +604,10 @@ def _labelled(name: str) -> Callable[[str], Texts]:
 PAIRS = "-pairs"
 LABELLED = ("arxiv-titles", "arxiv-abstracts", "trec", "subj", "sst2", "brown-genres")
 """Sets whose texts have classes with names; see `counterpoint.data.labelled`."""
+JUDGED = ("cola", "mrpc", "rte", "sick-e")
+"""Sets whose sentences or pairs have a class as whole; see `counterpoint.data.classes`."""
+CLASSIFIED = (*LABELLED, *JUDGED)
+"""Sets whose rows have classes."""
 DOMAINS = ("arxiv", "codenn", "cosqa", "multi30k", "mrpc", "sts", "same-statement", "same-topic")
 """Domains whose pairs have a name: ``arxiv-pairs`` and so on; see `counterpoint.data.domains`."""
 
@@ -584,7 +621,7 @@ NAMES: dict[str, Callable[[str], Texts]] = {
     "snli": _snli,
     "plain-sentences": _plain_sentences,
     **{name + PAIRS: _paired(name + PAIRS) for name in DOMAINS},
-    **{name: _labelled(name) for name in (*LABELLED, *(name + "-held" for name in LABELLED))},
+    **{name: _labelled(name) for name in (*LABELLED, *(name + "-held" for name in LABELLED), *JUDGED)},
 }
 """Known sets; each takes a split."""
 
@@ -697,6 +734,11 @@ class Sentences:
             batch["label"] = self.class_of[at]
         return batch
 
+    @property
+    def label(self) -> Tensor | None:
+        """int64 [N]: the class of each row, its first where it has several; None without classes."""
+        return None if self.class_of is None else self.class_of[:, 0]
+
     def subset(self, index: Tensor | Sequence[int]) -> Sentences:
         """The rows at `index`, in that order."""
         at = torch.as_tensor(index, dtype=torch.int64, device=self.ids["anchor"].offsets.device)
@@ -740,6 +782,7 @@ def tokenise(
     *,
     words: bool = False,
     kinds: Mapping[str, Kinds] | None = None,
+    together: bool = False,
 ) -> Sentences:
     """Turn sentences into tokens, once.
 
@@ -752,6 +795,7 @@ def tokenise(
         max_length: longest row, or that of each column by its part.
         words: also number the words (runs without white space) that the anchor's tokens come from.
         kinds: by column, what says of what kind each character is; a token is of the kind of its last character.
+        together: both sentences of a row as one, as the tokeniser joins them ([CLS] a [SEP] b [SEP]); the longer one is cut.
 
     Raises:
         InputError: `words` or `kinds` with a tokeniser that does not know where in the text its tokens come from.
@@ -769,20 +813,24 @@ def tokenise(
     ids: dict[str, Ragged] = {}
     found: dict[str, dict[str, Ragged]] = {"words": {}, "kinds": {}}
     cuts: dict[int, int] = {}
-    for part, column in texts.columns.items():
+    columns = {"anchor": texts.columns["anchor"]} if together else texts.columns
+    second = texts.columns.get("positive") if together else None
+    for part, column in columns.items():
         most = max_length if isinstance(max_length, int) else max_length[part]
         rows: list[list[int]] = []
         marks: dict[str, list[list[int]]] = {what: [] for of, what in wanted if of == part}
         for start in range(0, len(column), 8192):
             chunk = [*column[start : start + 8192]]
+            other = [] if second is None else [[*second[start : start + 8192]]]
             options = {"return_offsets_mapping": True} if marks else {}
             tokens = tokenizer(
-                chunk, truncation=True, max_length=most, return_attention_mask=False,
+                chunk, *other, truncation=True, max_length=most, return_attention_mask=False,
                 return_token_type_ids=False, **options,
             )  # fmt: skip
             full = [i for i, row in enumerate(tokens["input_ids"]) if len(row) >= most]
             if full:
-                entire = tokenizer([chunk[i] for i in full], truncation=False, verbose=False)["input_ids"]
+                cut = [[sentences[i] for i in full] for sentences in (chunk, *other)]
+                entire = tokenizer(*cut, truncation=False, verbose=False)["input_ids"]
                 cuts[most] = cuts.get(most, 0) + sum(len(row) > most for row in entire)
             rows += [row or [pad] for row in tokens["input_ids"]]
             for what, values in marks.items():
@@ -791,11 +839,11 @@ def tokenise(
         ids[part] = Ragged.of(rows)
         for what, values in marks.items():
             found[what][part] = Ragged.of(values)
-    count = sum(map(len, texts.columns.values()))
-    for most, cut in cuts.items():
-        truncated += cut
-        if cut:
-            log.warning("%s: %s of %s sentences cut to %d tokens", texts.name, f"{cut:,}", f"{count:,}", most)
+    count = sum(map(len, columns.values()))
+    for most, cut_rows in cuts.items():
+        truncated += cut_rows
+        if cut_rows:
+            log.warning("%s: %s of %s sentences cut to %d tokens", texts.name, f"{cut_rows:,}", f"{count:,}", most)
     domain, class_of = (
         None if x is None else torch.from_numpy(np.array(x, np.int64)) for x in (texts.domain, texts.class_of)
     )

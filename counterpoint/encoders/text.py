@@ -31,6 +31,8 @@ DROPOUTS = (
 SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text"}
 UNLIMITED = 10**6
 UNIXCODER_MODE = "<encoder-only>"
+UNNAMED = "a fresh model"
+"""What a model from a configuration without a name is called."""
 
 
 class TextEncoder(nn.Module):
@@ -49,13 +51,14 @@ class TextEncoder(nn.Module):
         positions: most tokens that the model can take.
         fresh: whether its weights are random ones.
         name: what it was built from.
+        segments: whether tokens behind the first separator are marked as the second sentence of a pair; see `marks_pairs`.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, pooling: Pooling, max_length: int | None, name: str, fresh: bool = False
     ):
         super().__init__()
-        self.fresh = fresh
+        self.fresh, self.segments = fresh, False
         self.model, self.tokenizer, self.name, self.pooling = model, tokenizer, name, pooling
         self.dim: int = model.config.hidden_size
         self.pad = pad_of(tokenizer)
@@ -70,9 +73,16 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Features:
         """[B, L] ids (and 1 where a token counts) -> pooled [B, D] and the last layer's tokens [B, L, D]."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        layers = self.pooling == "first-last"
-        out = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=layers, return_dict=True)
+        options = {"output_hidden_states": self.pooling == "first-last", "return_dict": True}
+        if self.segments:
+            ends = (input_ids == self.tokenizer.sep_token_id).long()
+            options["token_type_ids"] = (ends.cumsum(1) > ends).long()
+        out = self.called(input_ids, mask, **options)
         return Features(pool(out, mask, self.pooling), out.last_hidden_state)
+
+    def called(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        """What the model returns."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled vectors [B, D] of rows of mixed length, without most of the padding: see `by_length`."""
@@ -90,6 +100,24 @@ class TextEncoder(nn.Module):
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """Pooled vectors [B, D] of a batch of `counterpoint.data.texts.Sentences`."""
         return self(batch["input_ids"], batch["attention_mask"]).pooled
+
+    def stock(self) -> "TextEncoder":
+        """The same encoder as an ordinary transformers model, which is what other programs can load.
+
+        Raises:
+            InputError: there is no such model.
+        """
+        return self
+
+
+def marks_pairs(encoder: TextEncoder) -> bool:
+    """Whether the model of `encoder` was made to tell the sentences of a pair apart by segment, as BERT does.
+
+    RoBERTa and DeBERTa go by the separator alone.
+    """
+    if getattr(encoder.model.config, "type_vocab_size", 0) < 2 or encoder.tokenizer.sep_token_id is None:
+        return False
+    return 1 in encoder.tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]
 
 
 def by_length(
@@ -261,7 +289,9 @@ def byte_tokenizer(max_length: int = 512) -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
-    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, mask_token="[MASK]", model_max_length=max_length, **special,
         model_input_names=["input_ids", "attention_mask"],
@@ -301,7 +331,7 @@ def _fresh(settings: dict[str, Any], tokenizer: Any) -> tuple[Any, Any, str]:
     import transformers
 
     settings = dict(settings)
-    kind, title = settings.pop("model_type", "bert"), settings.pop("name", "a fresh model")
+    kind, title = settings.pop("model_type", "bert"), settings.pop("name", UNNAMED)
     source, most = settings.pop("tokenizer", None), settings.pop("vocabulary", None)
     if tokenizer is None and source is not None:
         place = place_of(source)

@@ -129,7 +129,7 @@ def labelled(source: Any, split: str = "test", *, own: bool = True) -> texts.Tex
         if known:
             raise
         return None
-    return None if found.label is None else found
+    return None if found.label is None or found.classes else found
 
 
 def measure(

@@ -185,7 +185,7 @@ def own_classifier(protocol: str, predicted: Array, test_x: Array, test_y: Array
     Args:
         protocol: which of the two
         predicted: classes [M] that the method gave the test items
-        test_x: their features [M, D], for the detail `scatter`
+        test_x: their features [M, D], for the details `scatter` and those of `separation`
         test_y: whole-number labels [M]
 
     Raises:
@@ -193,7 +193,8 @@ def own_classifier(protocol: str, predicted: Array, test_x: Array, test_y: Array
     """
     truth, found = (checked_labels(y, "test", len(test_x)) for y in (test_y, predicted))
     spread = scatter(test_x, truth)
-    return _accuracy(protocol, found == truth, subject, {} if spread is None else {"scatter": spread})
+    detail = {} if spread is None else {"scatter": spread}
+    return _accuracy(protocol, found == truth, subject, detail | separation(test_x, truth))
 
 
 def scatter(x: Array, y: Array) -> float | None:
@@ -212,6 +213,37 @@ def scatter(x: Array, y: Array) -> float | None:
     centres = sums / of.bincount()[:, None]
     apart = float(torch.pdist(centres).mean()) if len(classes) > 1 else 0.0
     return float((features - centres[of]).norm(dim=1).mean()) / apart if apart else None
+
+
+def separation(x: Array, y: Array, *, rows: int = 2000, seed: int = 0) -> dict[str, float]:
+    """How far classes lie apart on the unit sphere; empty where there is one class only, or a class for each item.
+
+    `within` and `between` are the mean distances of two items of one class and of two; `silhouette` the mean of (b - a) / max(a,
+    b), a an item's mean distance to its class and b that to the nearest other one: 1 apart, 0 touching, below 0 mixed up.
+
+    Args:
+        x: features [N, D]; rows are L2-normalised here
+        y: whole-number labels [N]
+        rows: at most so many items, a seeded random subset
+        seed: of it
+
+    Source: silhouette: Rousseeuw 1987.
+    """
+    from sklearn.metrics import silhouette_score
+
+    features = checked_features(x, "given").double().cpu()
+    label = torch.from_numpy(checked_labels(y, "given", len(features)))
+    at = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:rows]
+    unit, label = torch.nn.functional.normalize(features[at], dim=1), label[at]
+    if not 1 < len(label.unique()) < len(label):
+        return {}
+    distance = torch.cdist(unit, unit)
+    same = label[:, None] == label
+    apart = ~torch.eye(len(label), dtype=torch.bool)
+    # rounding leaves a distance of an item to itself, which scikit-learn refuses
+    silhouette = float(silhouette_score(distance.fill_diagonal_(0).numpy(), label.numpy(), metric="precomputed"))
+    within, between = float(distance[same & apart].mean()), float(distance[~same].mean())
+    return {"silhouette": silhouette, "within": within, "between": between}
 
 
 def ridge_probe(

@@ -15,7 +15,7 @@ from counterpoint.atomic import save_arrays
 from counterpoint.data import Images, omniglot
 from counterpoint.data.images import resize
 from counterpoint.errors import InputError
-from counterpoint.evaluate import code, dense, image_text, labels, language, pairs, ranking, texts
+from counterpoint.evaluate import classes, code, dense, image_text, labels, language, pairs, ranking, texts
 from counterpoint.evaluate.protocols import (
     Result,
     geometry,
@@ -50,8 +50,9 @@ def evaluate(
 
     Language models are measured on held-out text, or on questions where they were trained on facts.
     Sentences are measured on the STS sets, and on labelled pairs or texts where the data hold any; code by where the answer to
-    a question stands; user histories by the rank of the held-out item, images by their labels, images with captions by
-    retrieval, gap and, where classes have names, zero-shot classification.
+    a question stands; a classifier of the method's own by what it says of rows that it has not learned from; user histories
+    by the rank of the held-out item, images by their labels, images with captions by retrieval, gap and, where classes
+    have names, zero-shot classification.
     Labels, where there are any, serve the protocols only: training has not seen them, unless the method says that it uses
     them. The classifiers of kNN and linear probe are fitted on the training items and scored on held-out ones: the data
     set's own test part, else a stratified fifth of the images (whose pixels, not labels, the training did see; the result
@@ -95,10 +96,14 @@ def evaluate(
             asked_pairs = [name for name in protocols or () if name.partition(":")[0] == pairs.PAIR_F1]
             asked_search = [name for name in protocols or () if name.partition(":")[0] == code.CODE_SEARCH]
             asked_labels = [name for name in protocols or () if name.partition(":")[0] in labels.PROTOCOLS]
-            others = [name for name in protocols or () if name not in (*asked_pairs, *asked_search, *asked_labels)]
+            own = trained.classification
+            others = [name for name in protocols or () if name not in (*asked_pairs, *asked_search, *asked_labels, own)]
             unseen = data is not None and not (isinstance(data, str | Path) and _place(data) == config["data"])
             options = {"own": unseen, "bag": not trained_only}
-            everything = protocols is None and trained.searched is None
+            if own is not None and wanted(own, protocols):
+                fit = config["fit"]
+                found += classes.measure(subjects, source, other=unseen, limit=fit["limit"], seed=fit["seed"])
+            everything = protocols is None and trained.searched is None and own is None
             if asked_search or (protocols is None and (trained.searched is not None or code.is_code(source))):
                 found += code.measure(subjects, source, asked_search or [code.CODE_SEARCH], **options)
             if everything or asked_pairs:

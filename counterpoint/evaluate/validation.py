@@ -7,7 +7,7 @@ import torch
 
 from counterpoint.data import Images, captions
 from counterpoint.errors import InputError
-from counterpoint.evaluate import code, image_text, labels, pairs, ranking, texts
+from counterpoint.evaluate import classes, code, image_text, labels, pairs, ranking, texts
 from counterpoint.evaluate.protocols import Result, knn
 from counterpoint.train.method import Method
 
@@ -18,7 +18,8 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
     """What ``fit(validate=...)`` looks at, decided by what the method embeds.
 
     Sentences: Spearman on the dev part of STS-B; on their own dev part F1max where the data are named pairs (code and
-    questions: mean reciprocal rank), and accuracy where the method learns the labels of a named set. Histories: NDCG@20 of
+    questions: mean reciprocal rank), and accuracy where the method learns the labels of a named set
+    (with a classifier of its own: on rows that are held out, or the dev part of a known set). Histories: NDCG@20 of
     each user's second-to-last item among all items.
     Images with captions: R@1, the mean of both directions, on the validation part.
     Images: kNN accuracy of a fifth of the training images among the others, which needs labels (they choose the
@@ -33,6 +34,9 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
         InputError: images without labels, or data that hold nothing out.
     """
     match method.family:
+        case "sentences" if method.classification is not None:
+            held = classes.validation_rows(method, data, limit=limit, seed=seed)
+            return lambda trained: classes.tuned(trained, rows, name=f"{method.classification}-dev")
         case "sentences":
             if method.searched is not None or code.is_code(data):
                 if code.task_of(data, "dev", own=False):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from counterpoint.encoders import TextEncoder
 from counterpoint.errors import InputError, nearest
 from counterpoint.export import graphs, language_folder, open_clip_folder, sentence_folder, timm_folder, weights
 from counterpoint.export.weights import load_encoder
@@ -81,6 +82,8 @@ def export(run: Run, to: str, out: str | Path | None = None) -> tuple[Path, floa
         raise InputError(f"{method.family} cannot be exported --to {to}; {instead}")
     path = Path(out) if out is not None else run.folder / fits[to].place
     encoder = method.encoder.eval()
+    if isinstance(encoder, TextEncoder):
+        encoder = encoder.stock().eval()
     if method.family == "pairs":  # where training started is of no use to whoever turns similarities into shares
         encoder.temperature = float(method.temperature.detach())
     return path, fits[to].save(encoder, path, method=run.config["method"])

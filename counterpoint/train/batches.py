@@ -29,7 +29,8 @@ class Batches:
 
     Attributes:
         grouping: asked once an epoch, with the epoch and the items, for the group of each item, int64 [N]: the batches of
-            that epoch then hold items of one group each (see `grouped_batches`). None, or an answer of None: any items.
+            that epoch then hold items of one group each (see `grouped_batches`), and none of a group below 0. None, or an
+            answer of None: any items.
 
     Items with ``repeats`` are taken so many times an epoch, as if they were so many copies.
     """
@@ -96,7 +97,9 @@ class Batches:
 
     def _grouped(self, groups: Tensor, generator: torch.Generator) -> Tensor:
         """Passes through the groups until there are as many batches as in any other epoch."""
-        counts = groups.bincount()
+        within = (groups >= 0).nonzero()[:, 0]
+        groups = groups[within]
+        counts = groups.bincount(minlength=1)
         if int(counts.max()) < self.batch_size:
             raise InputError(
                 f"the largest of {int((counts > 0).sum())} groups has {int(counts.max()):,} items, and batches of one group "
@@ -108,7 +111,7 @@ class Batches:
             drawn = torch.cat([torch.randperm(count, generator=generator) for count in counts.tolist()])
             found.append(grouped_batches(groups, drawn, self.batch_size)[:missing])
             missing -= len(found[-1])
-        return torch.cat(found).flatten()
+        return within[torch.cat(found).flatten()]
 
     def _slice(self, order: Tensor, batch: int) -> Tensor:
         index = order[batch * self.batch_size : (batch + 1) * self.batch_size]

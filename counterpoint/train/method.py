@@ -102,6 +102,8 @@ class Method(lightning.LightningModule):
     def grouping(self, epoch: int, items: Any) -> Tensor | None:
         """Group of each item int64 ``[N]`` if the batches of this epoch shall hold items of one group each; else None.
 
+        Items of a group below 0 sit this epoch out, which has as many batches as any other.
+
         Asked when the epoch's first batch is (or, after a stop within it, the first that is left), so the weights may be
         looked at; the answer must come from them and from buffers alone.
         """

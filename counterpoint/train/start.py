@@ -8,6 +8,7 @@ from torch import nn
 
 from counterpoint.encoders import ImageEncoder, TextEncoder
 from counterpoint.encoders.causal import CausalLM, causal
+from counterpoint.encoders.text import UNNAMED
 from counterpoint.errors import InputError
 from counterpoint.train.run import Run
 
@@ -90,6 +91,35 @@ def language_model(place: str | Path, device: torch.device | str = "cpu") -> tup
         if model is not None:
             model.name = str(place)
     return found
+
+
+def earlier_text(start: str | Path, **wanted: Any) -> tuple[TextEncoder, dict[str, Any]]:
+    """The text encoder of an earlier run or export as an ordinary model, and the arguments that build one of its kind.
+
+    Args:
+        start: as in `earlier_encoder`; an adapted encoder (LoRA) counts with what it learned.
+        **wanted: what someone asked for besides: `encoder`, `pooling`, `layers`; None asks for nothing.
+
+    Returns:
+        The encoder, on the CPU, and `encoder`, `pooling` and `layers` by name.
+
+    Raises:
+        InputError: as `earlier_encoder`; an encoder that is no ordinary model, one that was asked for differently, or an
+            exported one whose kind only its run knows.
+    """
+    is_run = (Path(start).expanduser() / "config.yaml").is_file()
+    earlier = earlier_encoder(start, TextEncoder).stock()
+    if type(earlier) is not TextEncoder:
+        raise InputError(f"start is {start}, whose {type(earlier).__name__} is no plain encoder to go on with")
+    named = Run.open(Path(start).expanduser()).config["model"].get("encoder") if is_run else None
+    given = wanted.get("encoder") or named or earlier.name
+    if given == UNNAMED:
+        raise InputError(f"start is {start}, which does not say how to build its encoder: name the run that trained it")
+    found = {"encoder": named or given, "pooling": earlier.pooling, "layers": earlier.model.config.num_hidden_layers}
+    for name, value in wanted.items():
+        if value is not None and value != found[name]:
+            raise InputError(f"{name} is {value}, but {start} was trained with {found[name]}: leave {name} out")
+    return earlier, found
 
 
 def take_over(encoder: nn.Module, earlier: nn.Module) -> None:

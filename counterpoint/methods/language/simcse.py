@@ -30,7 +30,7 @@ class SimCSE(Method):
     The data decide which SimCSE it is. Single sentences: :math:`z_i^+` is the same sentence under another dropout mask
     (unsupervised). Columns (anchor, positive): the given positive. Columns (anchor, positive, negative ...): the negatives of
     all rows join the sum as well (supervised). All sentences of a batch go through the encoder in one pass. Pairs with
-    a score are no positives: their sentences are used singly.
+    a score, or with a class, are no positives: their sentences are used singly.
 
     When to use it: the first thing to try on sentences. Unsupervised it needs a pretrained encoder, one epoch and a small
     rate; its scores vary by a point or two between seeds, so train several.
@@ -124,7 +124,7 @@ class SimCSE(Method):
 
     def used(self, rows: texts.Texts) -> texts.Texts:
         """The rows as this method trains on them."""
-        return rows.single() if rows.score is not None else rows
+        return rows.single() if rows.score is not None or rows.classes else rows
 
     def encode(self, data: Any, *, split: str = "train", batch_size: int = 128) -> np.ndarray:
         """Embeddings float32 [N, D] of sentences (of a table's first column), one for each row of the data.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn.functional import gelu, linear
 
-from counterpoint import contrast
+from counterpoint import contrast, encoders
 from counterpoint.contrast import operands, whitening
 from counterpoint.contrast.adversarial import ascended, symmetric_cross_entropy
 from counterpoint.contrast.multimodal import Queues, multimodal_contrast, multimodal_pairs
@@ -13,6 +13,7 @@ from counterpoint.contrast.replaced import replaced, replaced_token_loss
 from counterpoint.contrast.routing import load_balancing, specified_expert
 from counterpoint.encoders.experts import Expert, routed, sentence_logits
 from counterpoint.encoders.perturbed import normalised
+from counterpoint.encoders.tuned import PrefixEncoder
 from counterpoint.memory import Queue
 from counterpoint.parity.ops import Inputs, Outputs, op
 from counterpoint.views import text
@@ -24,6 +25,18 @@ def peft_augmentation_supcon(x: Inputs, p: dict[str, Any]) -> Outputs:
     options = {"temperature": p["temperature"], "normalize": False, "reduction": "none"}
     rows = contrast.sup_con(x["z"], x["labels"], **options)
     return {"loss": rows.mean() * (p["temperature"] / p["base_temperature"])}
+
+
+@op("peft-augmentation.prefix_kv")
+def peft_augmentation_prefix_kv(x: Inputs, p: dict[str, Any]) -> Outputs:
+    places, heads = len(x["weight"]), p["num_heads"]
+    sizes = {"hidden_size": heads * p["head_dim"], "num_attention_heads": heads, "num_hidden_layers": p["num_layers"]}
+    small = {"intermediate_size": 8, "max_position_embeddings": places + 8}
+    encoder = PrefixEncoder(encoders.text({**sizes, **small}), length=places, dropout=0.0)
+    with torch.no_grad():
+        encoder.table.copy_(x["weight"])
+    keys, values = encoder.keys_values(p["batch_size"])
+    return {"keys": keys, "values": values}
 
 
 @op("esimcse.queue_infonce")
