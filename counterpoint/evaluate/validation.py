@@ -35,8 +35,8 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
     """
     match method.family:
         case "sentences" if method.classification is not None:
-            held = classes.validation_rows(method, data, limit=limit, seed=seed)
-            return lambda trained: classes.tuned(trained, rows, name=f"{method.classification}-dev")
+            unseen = classes.validation_rows(method, data, limit=limit, seed=seed)
+            return lambda trained: classes.tuned(trained, unseen, name=f"{method.classification}-dev")
         case "sentences":
             if method.searched is not None or code.is_code(data):
                 if code.task_of(data, "dev", own=False):

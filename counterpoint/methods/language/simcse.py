@@ -124,7 +124,7 @@ class SimCSE(Method):
 
     def used(self, rows: texts.Texts) -> texts.Texts:
         """The rows as this method trains on them."""
-        return rows.single() if rows.score is not None or rows.classes else rows
+        return rows.single() if rows.score is not None or (rows.classes and len(rows.columns) > 1) else rows
 
     def encode(self, data: Any, *, split: str = "train", batch_size: int = 128) -> np.ndarray:
         """Embeddings float32 [N, D] of sentences (of a table's first column), one for each row of the data.
