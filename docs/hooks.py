@@ -400,7 +400,7 @@ def _study(study: dict[str, Any]) -> list[str]:
 
 def _benchmark(name: str) -> str:
     record = results.read(results.folder() / "benchmarks" / f"{name}.json")
-    shown = {"contrast_cpu": _contrast_cpu, "ring": _ring, "training_step": _training_step}
+    shown = {"contrast_cpu": _contrast_cpu, "ring": _ring, "training_step": _training_step, "decoding": _decoding}
     return "*Not measured yet.*" if record is None else shown[name](record)
 
 
@@ -423,6 +423,22 @@ def _contrast_cpu(record: dict[str, Any]) -> str:
     about = record["environment"]
     said = f"Measured with {about['threads']} threads, torch {about['torch']}. Curves: 128 dimensions."
     return f"{said}\n\n{_curves(record['rows'])}\n\n" + "\n".join(rows)
+
+
+def _decoding(record: dict[str, Any]) -> str:
+    """Time of a step of contrastive search beside that of greedy search."""
+    rows = [
+        "| model | texts at a time | search | ms a step | times greedy | of processor time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        times = f"{row['ratio']:.2f} | {row['cpu_ratio']:.2f}"
+        rows.append(f"| {row['model']} | {row['batch']} | {row['form']} | {1000 * row['seconds']:.1f} | {times} |")
+    about, used = record["environment"], record["settings"]
+    return (
+        f"GPT-2s with random weights, k = {used['k']}, {used['prompt']} + {used['new']} tokens; {about['threads']} threads, torch "
+        f"{about['torch']}, transformers {about['transformers']}.\n\n" + "\n".join(rows)
+    )
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:

@@ -62,6 +62,8 @@ def scorer(method: Method, data: Any, *, limit: int | None = None, seed: int = 0
             return next_item
         case "pairs":
             return _retrieval(method, data)
+        case "language":
+            raise InputError("the text that is held out of a language model is its test: leave validate out")
     images = method.read(data, limit=limit, seed=seed, resident=True)
     if not isinstance(images, Images) or images.label is None or len(images.label.unique()) < 2:
         raise InputError(

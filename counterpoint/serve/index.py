@@ -432,7 +432,7 @@ def of_run(run: Any, data: Any = None, split: str | None = None) -> tuple[np.nda
     """
     import torch
 
-    from counterpoint.data import folder, texts
+    from counterpoint.data import corpus, folder, texts
     from counterpoint.train import Run
 
     run = run if isinstance(run, Run) else Run.open(run)
@@ -455,6 +455,9 @@ def of_run(run: Any, data: Any = None, split: str | None = None) -> tuple[np.nda
             rows = texts.Texts({"anchor": rows.columns[method.searched]})
         sentences = rows.sentences()
         return method.encode(sentences), sentences, about
+    if method.family == "language":
+        documents = corpus.load(data, split or "all")
+        return method.encode(documents), documents, about
     items = getattr(method, "images", method.read)(data, part)
     vectors = method.encode(items)
     if not items.paths:
@@ -498,7 +501,7 @@ def ask(index: Index, query: str, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         vector, without = index.method.encode([items]), [int(found[0]) for found in rows]
     elif of in ("images", "pairs") and path.is_file():
         vector, without = index.method.encode([path]), []
-    elif of == "sentences":
+    elif of in ("sentences", "language"):
         vector, without = index.method.encode([query]), []
     elif of == "pairs":
         vector, without = index.method.encode_text([query]), []

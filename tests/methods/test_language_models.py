@@ -3,6 +3,7 @@
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -192,6 +193,20 @@ def test_a_run_leaves_as_a_folder_of_transformers(expert, tmp_path):
     assert ours == stock != ""
     again = CausalLanguageModel(encoder=str(tmp_path / "folder"), max_length=24)
     assert again.encoder.learned and again.read(TEXT).take(torch.arange(2))["input_ids"].shape == (2, 24)
+
+
+def test_documents_can_be_searched(expert, tmp_path, capsys):
+    text, out = str(expert.folder.parent / "true.txt"), str(tmp_path / "index")
+    assert main(["index", str(expert.folder), "--data", text, "--out", out]) == 0
+    query = "The owl saw the cat and the owl went home"  # not quite one of them
+    assert main(["search", out, query, "-k", "1", "--json"]) == 0
+    shown = capsys.readouterr().out
+    vectors = expert.model().encode([*TEXT, query])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    nearest = TEXT[int((vectors[:-1] @ vectors[-1]).argmax())]
+    assert json.loads(shown[shown.index("[") :])[0]["results"][0]["id"] == nearest
+    with pytest.raises(InputError, match="is its test: leave validate out"):
+        fit(build(), TEXT, run=tmp_path / "x", validate=1, **FIT)
 
 
 def test_documents_are_embedded_one_by_one(expert):

@@ -430,6 +430,24 @@ def test_arms_start_from_one_run_for_each_seed(monkeypatch, counted):
     assert len(counted) == 12
 
 
+def test_arms_that_differ_in_their_protocol_alone_share_a_run(monkeypatch, counted):
+    arms = {"baseline": {"recipe": "simclr", **TINY}, "method": {"recipe": "dcl", **TINY}}
+    arms["spread"] = {**arms["method"], "protocol": "geometry"}
+    measured = study(
+        over={}, effect="method - baseline", expect=["spread > 0", "spread:uniformity < 0"], budgets={"cpu": arms}
+    )
+    monkeypatch.setattr(import_module("counterpoint.studies.reproduce"), "entries", lambda: {"dcl": measured})
+    record = reproduce("dcl", out="s")
+    assert len(counted) == 6 and not Path("s/dcl/cpu/spread-seed0").exists()
+    assert record["arms"]["spread"]["protocol"] == "geometry" and "protocol" not in record["arms"]["method"]
+    assert record["arms"]["spread"]["config"] == record["arms"]["method"]["config"]
+    assert all(value > 1 for value in record["arms"]["spread"]["values"])  # an effective rank
+    found = Run.open("s/dcl/cpu/method-seed1").folder / "arm.json"
+    assert {"knn-200-0.1", "geometry"} <= json.loads(found.read_text())["results"].keys()
+    reproduce("dcl", out="s")
+    assert len(counted) == 6
+
+
 def test_few_seeds_and_other_budgets_do_not_replace_the_record(monkeypatch):
     plain = study(over={}, effect="method - baseline", expect=["method > baseline - 200"])
     monkeypatch.setattr(import_module("counterpoint.studies.reproduce"), "entries", lambda: {"dcl": plain})
