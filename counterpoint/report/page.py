@@ -14,14 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from counterpoint import methods
 from counterpoint.atomic import writing
+from counterpoint.errors import InputError
 from counterpoint.report import figures, gallery
 from counterpoint.report.reading import Run, read
-
-TITLES = {
-    "simclr": "SimCLR", "moco": "MoCo v2", "moco_v2": "MoCo v2", "mocov2": "MoCo v2",
-    "byol": "BYOL", "simsiam": "SimSiam", "dcl": "DCL", "dclw": "DCLW",
-}  # fmt: skip
 
 
 def write(run_folder: str | Path, bundle: str | Path | None = None) -> Path:
@@ -93,8 +90,16 @@ def _name(found: Any) -> str | None:
 
 def heading(run: Run) -> str:
     method, data = _name(run.config.get("method")), _name(run.config.get("data"))
-    title = TITLES.get(method.lower(), method) if method else run.folder.resolve().name
+    title = _title(method) if method else run.folder.resolve().name
     return f"{title} on {data}" if data else title
+
+
+def _title(slug: str) -> str:
+    """The short name of a method for people; whatever is not registered keeps its own."""
+    try:
+        return methods.entry(slug).title.partition(":")[0]
+    except InputError:
+        return slug
 
 
 def duration(seconds: float) -> str:

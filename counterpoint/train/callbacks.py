@@ -449,7 +449,7 @@ def _among(
         spread = mean_where((seen - far[:, None]).square(), negative)
         count = negative.sum(1)
         record |= {"score_positive": float(near.mean()), "score_negative": float(far.mean())}
-        record["score_negative_variance"] = float((spread * count / (count - 1)).mean())
+        record["score_negative_variance"] = float((spread * count / (count - 1)).nanmean())  # one has no variance
         best = seen.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
         record["proxy_accuracy"] = float((seen > best)[positive].float().mean())
         if len(seen) > 1:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from counterpoint import contrast
 from counterpoint.contrast.focal import focal_sup_con, mix_hard_pairs
-from counterpoint.contrast.subspace import partner_labels, partner_loss
+from counterpoint.contrast.subspace import gated_similarity, partner_labels, partner_loss
 from counterpoint.data import Images
 from counterpoint.errors import InputError
 from counterpoint.evaluate.runs import evaluate
@@ -17,6 +17,7 @@ from counterpoint.methods.vision.core_tuning import CoreTuning
 from counterpoint.methods.vision.fine_tuning import FineTuning
 from counterpoint.methods.vision.hydra import Hydra
 from counterpoint.train import fit
+from counterpoint.train.callbacks import geometry
 
 SMALL = {"encoder": "convnet-4", "image_size": 16, "classes": 4}
 NARROW = {"projection": (16, 8), "gate_widths": (6, 12)}
@@ -183,3 +184,47 @@ def test_core_tuning_learns(tmp_path):
     run = fit(build(CoreTuning, encoder="convnet-8", **still), blobs(), run=tmp_path / "run", **options)
     (trained,) = evaluate(run, tmp_path / "other.npz", protocols=["fine-tune"], trained_only=True)
     assert trained.value > 80 and trained.metric == "accuracy"
+
+
+# ---- what is shown of them -------------------------------------------------------------------------------------------
+
+
+def test_scores_of_labelled_pairs_are_means_over_their_pairs(batch):
+    z, label = torch.randn(16, 8, generator=torch.Generator().manual_seed(3)), batch["label"]
+    label[0] = 9  # alone in its class
+    same = label[:, None] == label
+    record = geometry(z, z, positive=same.clone().fill_diagonal_(False), negative=~same, temperature=0.5)
+    s = (F.normalize(z) @ F.normalize(z).T).double()
+    near, far, spread, soft, wins = [], [], [], [], []
+    for i in range(1, 16):
+        positive = torch.stack([s[i, j] for j in range(16) if j != i and label[j] == label[i]])
+        negative = torch.stack([s[i, j] for j in range(16) if label[j] != label[i]])
+        near.append(positive.mean()), far.append(negative.mean()), spread.append(negative.var())
+        soft.append(0.5 * (negative / 0.5).exp().mean().log())
+        wins += [float(value > negative.max()) for value in positive]
+    expected = {"score_positive": near, "score_negative": far, "score_negative_variance": spread}
+    for name, values in {**expected, "score_negative_soft": soft}.items():
+        assert record[name] == pytest.approx(float(torch.stack(values).mean()), rel=1e-5), name
+    assert record["score_positive_variance"] == pytest.approx(float(torch.stack(near).var()), rel=1e-5)
+    assert record["proxy_accuracy"] == pytest.approx(np.mean(wins), rel=1e-5)
+    assert sum(record["positive"]) == int(same.sum()) - 16 and sum(record["negative"]) == int((~same).sum())
+    distances = [(F.normalize(z[i], dim=0) - F.normalize(z[j], dim=0)).square().sum()
+                 for i in range(16) for j in range(16) if i != j and same[i, j]]  # fmt: skip
+    assert record["alignment"] == pytest.approx(float(torch.stack(distances).mean()), rel=1e-4)
+
+
+def test_hydra_shows_what_enters_its_loss(batch):
+    """Similarities in the subspaces for the scores, cosines for the histograms; nothing is drawn or kept otherwise."""
+    method = build(Hydra)
+    loss_at(method, batch)
+    assert not method.watched
+    method.watching = True
+    shown = (loss_at(method, batch), method.watched)[1]
+    torch.manual_seed(7)
+    z = method.projector(method.encoder(method.views(batch["image"])).pooled)
+    partners = partner_labels(batch["label"], "arbitrary")
+    score = gated_similarity(z, z, method.gate(batch["label"], partners))
+    torch.testing.assert_close(shown["score"], score.detach())
+    label, own = batch["label"], torch.eye(16, dtype=torch.bool)
+    assert torch.equal(shown["positive"], (label == partners[:, None]) & ~own)
+    assert torch.equal(shown["negative"], (label != partners[:, None]) & (label != label[:, None]))

@@ -17,7 +17,7 @@ from PIL import Image
 from counterpoint.errors import InputError
 from counterpoint.report import figures, gallery, page, write
 from counterpoint.report.charts import axis, number, smooth
-from counterpoint.report.reading import read
+from counterpoint.report.reading import Run, read
 
 VOID = {"meta", "br", "link", "img", "input", "hr", "col", "wbr"}
 SELF_CLOSING = {"line", "path", "rect", "image"}
@@ -128,6 +128,11 @@ def run(tmp_path: Path) -> Path:
     )
     make_gallery(folder)
     return folder
+
+
+@pytest.mark.parametrize(("method", "title"), [("swav", "SwAV"), ("mcl", "MCL"), ("mine", "mine")])
+def test_a_method_has_its_name_for_people(method, title):
+    assert page.heading(Run(Path("run"), [], config={"method": method, "data": "cifar10"})) == f"{title} on cifar10"
 
 
 def test_whole_page_holds_the_run(run: Path) -> None:
