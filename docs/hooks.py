@@ -35,6 +35,17 @@ from counterpoint.errors import InputError
 LEADERBOARD = "vision-leaderboard"
 """Name of the comparison of all image methods, which has a page of its own."""
 
+EXAMPLES = {
+    "images": "photos/",
+    "sentences": "sentences.txt",
+    "histories": "purchases.csv",
+    "pairs": "captions.csv",
+}
+"""Data of one's own, by the family of a method."""
+
+MEASURED = {"supremix": "ages.npz"}
+"""The same for methods that need more than their family says: here an array file with a value for each image."""
+
 VERDICTS = {"reproduced": "reproduced", "not_reproduced": "not reproduced", "untestable": "cannot be tested here"}
 
 # ---- events ----------------------------------------------------------------------------------------------------------
@@ -160,15 +171,16 @@ def _method_page(line: methods.Entry, cls: type) -> str:
     text, sections = _docstring(cls)
     place = "baseline" if line.number is None else f"paper {line.number} of 49"
     module = cls.__module__
+    data = MEASURED.get(line.slug) or EXAMPLES[cls.family]  # type: ignore[attr-defined]
     parts = [
         f"# {line.title}\n",
         f"`{line.slug}` · {_words(line.domain)} · {place}\n",
         text,
         "## Use\n",
-        f"```bash\ncounterpoint train {line.slug} --data photos/\n```\n",
+        _commands(line.slug, data),
         f"```python\nimport counterpoint as cp\nfrom {module} import {cls.__name__}\n\n"
-        f'model = {cls.__name__}()\nrun = cp.fit(model, data="photos/", epochs=100)\n'
-        'vectors = model.encode("photos/")\n```\n',
+        f'model = {cls.__name__}()\nrun = cp.fit(model, data="{data}", epochs=100)\n'
+        f'vectors = model.encode("{data}")\n```\n',
         "## Arguments\n",
         "Each is a constructor argument, a flag of `counterpoint train` and a key of a recipe.\n",
         _arguments_table(_constructor(cls), _inherited(cls, sections)),
@@ -179,6 +191,14 @@ def _method_page(line: methods.Entry, cls: type) -> str:
         f"Source file: `{module.replace('.', '/')}.py`\n",
     ]
     return "\n".join(parts)
+
+
+def _commands(slug: str, data: str) -> str:
+    """How to train on data of one's own, and the first recipe that runs as it is."""
+    ready = [name for name, recipe in _all_recipes().items() if recipe.get("method") == slug and "data" in recipe]
+    lines = [f"counterpoint train {slug} --data {data}"]
+    lines += [f"counterpoint train {ready[0]}    # a recipe, with its data"] if ready else []
+    return "```bash\n" + "\n".join(lines) + "\n```\n"
 
 
 def _constructor(cls: type) -> list[inspect.Parameter]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from counterpoint import results
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -68,6 +70,65 @@ def test_the_readme_table_is_current(monkeypatch):
     spec.loader.exec_module(readme)
     text = readme.README.read_text(encoding="utf-8")
     assert readme.written(text) == text, "run: python tools/readme.py"
+
+
+@pytest.fixture
+def hooks(tmp_path, monkeypatch):
+    """What builds the site, with records of this test alone."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    monkeypatch.setenv("COUNTERPOINT_RESULTS", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_leaderboard_begins_with_what_learned_nothing_and_then_falls(hooks, tmp_path):
+    assert hooks._leaderboard().startswith("*Not recorded yet.*")
+
+    def row(name, linear, **more):
+        spread = {"deviation": 0.5, "values": [linear]}
+        return {
+            "name": name,
+            "knn-200-0.1": {"mean": 10.0, **spread},
+            "linear-offline": {"mean": linear, **spread},
+            **more,
+        }
+
+    cost = {"minutes": 1.25, "memory_mb": 1234, "items": 30_000}
+    rows = [row("raw pixels", 20.0), row("untrained", 30.0)]
+    rows += [
+        row("simclr-cifar10-small", 40.0, **cost),
+        row("swav-cifar10-small", 50.0, **cost),
+        row("mine", 10.0, **cost),
+    ]
+    shared = {"data": "cifar10", "limit": 5000, "encoder": "convnet-16", "epochs": 6, "steps": None, "batch_size": 128}
+    environment = {"device": "CPU, 1 threads", "torch": "9"}
+    record = {"shared": shared, "seeds": [0], "rows": rows, "environment": environment}
+    results.save(tmp_path / "comparisons" / "vision-leaderboard.json", record)
+    (tmp_path / "comparisons" / "vision-leaderboard.svg").write_text("<?xml?><svg>dots</svg>")
+    page = hooks._leaderboard()
+    table = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    names = ["untrained encoder", "raw pixels", "[SwAV](methods/swav.md)", "[SimCLR](methods/simclr.md)", "mine"]
+    assert [line.split("|")[2].strip() for line in table] == names
+    assert [line.split("|")[1].strip() for line in table] == ["", "", "1", "2", "3"]
+    assert (
+        "| 50.0 ± 0.5 | 1.2 | 1,234 MB | 30,000 |" in page
+        and "6 epochs, batch 128" in page
+        and "<svg>dots</svg>" in page
+    )
+    assert "leaderboard.md" in hooks._compared("swav")[0] and hooks._comparisons() == "None recorded yet."
+
+
+def test_a_method_s_page_shows_all_its_studies(hooks, tmp_path):
+    """Those under its name and under longer ones, unless the longer one is another method's."""
+    for stem, claim in (("mcl", "first"), ("mcl-dominant", "second"), ("clip-lit", "third")):
+        record = {"verdict": "reproduced", "claim": claim, "effect": 1.0, "ci": [0.5, 1.5]}
+        results.save(tmp_path / "studies" / f"{stem}.json", record)
+    said = hooks._evidence("mcl")
+    assert said.index("Claim: first") < said.index("### mcl-dominant") < said.index("Claim: second")
+    assert "third" not in hooks._evidence("clip") and "Claim: third" in hooks._evidence("clip-lit")
 
 
 def test_the_site_builds(tmp_path):
