@@ -456,8 +456,8 @@ def _decoding(record: dict[str, Any]) -> str:
         rows.append(f"| {row['model']} | {row['batch']} | {row['form']} | {1000 * row['seconds']:.1f} | {times} |")
     about, used = record["environment"], record["settings"]
     return (
-        f"GPT-2s with random weights, k = {used['k']}, {used['prompt']} + {used['new']} tokens; {about['threads']} threads, torch "
-        f"{about['torch']}, transformers {about['transformers']}.\n\n" + "\n".join(rows)
+        f"GPT-2s with random weights, k = {used['k']}, {used['prompt']} + {used['new']} tokens; {about['threads']} threads, "
+        f"torch {about['torch']}, transformers {about['transformers']}.\n\n" + "\n".join(rows)
     )
 
 
