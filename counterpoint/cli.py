@@ -532,18 +532,18 @@ def _show_comparison(comparison: Any) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for protocol in comparison.protocols:
         table.add_column(protocol, justify="right")
     table.add_column("minutes", justify="right")
     table.add_column("memory MB", justify="right")
-    table.add_column("items seen", justify="right")
     for row in comparison.rows():
         cells = [f"{row[p]['mean']:.2f} ± {row[p]['deviation']:.2f}" if p in row else "" for p in comparison.protocols]
         cost = [f"{row['minutes']:.2f}", f"{row['memory_mb']:,}"] if "minutes" in row else ["", ""]
-        seen = f"{row['items']:,}" if "items" in row else ""
-        table.add_row(row["name"], *cells, *cost, seen)
+        table.add_row(row["name"], *cells, *cost)
     Console().print(table)
+    if seen := sorted({row["items"] for row in comparison.rows() if "items" in row}):
+        print(f"each training saw {' or '.join(f'{count:,}' for count in seen)} items; views come on top")
 
 
 def _after_training(run: Any) -> int:

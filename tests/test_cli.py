@@ -475,7 +475,8 @@ def test_compare_prints_a_table_and_writes_a_plot(capsys):
     argv = ["compare", "simclr", "dcl", "--data", "d.npz", *SMALL, "--epochs", "1", "--image_size", "16"]
     assert cli.main([*argv, "--lr", "1e-3", "--seeds", "0", "1", "--out", "c", "--record", "tiny"]) == 0
     said = capsys.readouterr().out
-    for row in ("raw pixels", "untrained", "simclr", "dcl", "minutes", "memory MB", "knn-200-0.1"):
+    columns = ("minutes", "memory MB", "knn-200-0.1", "each training saw")
+    for row in ("raw pixels", "untrained", "simclr", "dcl", *columns):
         assert row in said
     assert Path("c/comparison.svg").read_text().lstrip().startswith("<?xml")
     record = json.loads(Path("results/comparisons/tiny.json").read_text())

@@ -97,8 +97,15 @@ def _measured(run: Run, protocols: list[str] | None, trained_only: bool) -> dict
 
 
 def forget_peak_memory() -> None:
-    """Start the peak anew, so that an arm does not inherit that of the arm before it."""
+    """Start the peak anew, so that an arm does not inherit that of the arm before it, nor what that one left behind."""
+    import ctypes
+    import gc
+
     import torch
+
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc keeps freed memory for itself until it is asked
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,7 @@
 """Any methods side by side: same data, encoder, budget and seeds."""
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def compare(
     experiments = {name: _sized(experiment(name, **(changes or {}))) for name in names}
     shared = _shared(experiments)
     _check_epochs(experiments)
+    import_module("sklearn.linear_model")  # what measuring loads belongs to the memory of every row, also the first
     arms: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
         for name, arm in experiments.items():

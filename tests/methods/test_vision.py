@@ -119,6 +119,11 @@ def test_moco_is_its_formula_with_its_queue(batch):
     assert all(p.grad is None for p in (*method.key_encoder.parameters(), *method.key_projector.parameters()))
 
 
+def test_one_layer_is_the_head_of_version_one():
+    head = build(MoCo, queue=8, layers=1).projector
+    assert len(head) == 1 and head[0].weight.shape == (8, 32)
+
+
 def test_byol_is_its_formula_and_its_target_gets_no_gradient(batch):
     method = build(BYOL)
     for part in (method.target_encoder, method.target_projector):

@@ -321,6 +321,7 @@ def test_a_fair_comparison_shows_what_learned_nothing_first(counted):
             assert row[protocol]["deviation"] == pytest.approx(np.std(values, ddof=1))
         assert ("minutes" in row) == ("memory_mb" in row) == (row["name"] in ("simclr", "dcl"))
     assert found.shared["epochs"] == 1 and found.shared["data"] == "d.npz"
+    assert {row["items"] for row in rows if "minutes" in row} == {len(np.load("d.npz")["image"]) // 8 * 8}
     assert len(counted) == 4
     path = found.plot("plots/c.svg")
     assert path.read_text().count("<svg") == 1 and "untrained" in path.read_text()
@@ -337,6 +338,7 @@ def test_a_fair_comparison_shows_what_learned_nothing_first(counted):
         ({"encoder": "convnet-8"}, r"differ in encoder \(convnet-4 and convnet-8\)"),
         ({"data": "other.npz"}, r"differ in data \(d\.npz and other\.npz\)"),
         ({"pretrained": True}, r"differ in pretrained \(False and True\)"),
+        ({"steps": 3}, r"differ in steps \(None and 3\)"),
         ({"limit": 20}, r"differ in limit \(None and 20\)"),
     ],
 )
@@ -346,6 +348,36 @@ def test_an_unfair_comparison_is_refused_with_the_difference(monkeypatch, change
     monkeypatch.setitem(recipes, "two", {"method": "dcl", **TINY, **changes})
     with pytest.raises(InputError, match=rf"one and two {difference}, so they cannot be compared fairly; give --"):
         compare(["one", "two"], seeds=[0])
+    assert not Path("runs").exists()
+
+
+def test_a_projector_s_layers_and_what_a_method_lacks_do_not_stand_in_the_way(counted):
+    """SimSiam's `layers` are its projector's, and MCL cannot start from pretrained weights."""
+    recipes = {"simclr": {}, "simsiam": {"layers": 2, "bottleneck": 4}, "mcl": {"stages": 2, "clusters": 2}}
+    shared = {key: value for key, value in TINY.items() if key != "projection"} | {"epochs": 2}
+    names = []
+    for slug, more in recipes.items():
+        own = {"options": {"projection": [16, 8]}} if slug == "mcl" else {"projection": [16, 8]}
+        entries = import_module("counterpoint.recipes").entries()
+        entries[f"tiny-{slug}"] = {"method": slug, **shared, **own, **more}
+        names.append(f"tiny-{slug}")
+    try:
+        rows = compare(names, seeds=[0], out="c").rows()
+    finally:
+        for name in names:
+            del import_module("counterpoint.recipes").entries()[name]
+    assert [row["name"] for row in rows][2:] == names and len({row["items"] for row in rows[2:]}) == 1
+
+
+def test_longer_epochs_are_refused_where_epochs_are_counted(monkeypatch):
+    recipes = import_module("counterpoint.recipes").entries()
+    monkeypatch.setitem(recipes, "plain", {"method": "simclr", **TINY})
+    inflated = {"method": "adainf", "generated": "d.npz", "replication": 3, **TINY}
+    monkeypatch.setitem(recipes, "inflated", inflated)
+    count = len(np.load("d.npz")["image"])
+    message = f"an epoch of inflated has {4 * count} items, that of the data {count}: give --steps"
+    with pytest.raises(InputError, match=message):
+        compare(["plain", "inflated"], seeds=[0])
     assert not Path("runs").exists()
 
 
