@@ -692,6 +692,7 @@ class Sentences:
         kinds: by column, the kinds of its tokens.
         class_of: int64 [N, P], which of the `classes` a row belongs to, -1 fills up.
         classes: their names.
+        repeats: int64 [N], how often an epoch has a row; None is once.
     """
 
     ids: dict[str, Ragged]
@@ -704,6 +705,7 @@ class Sentences:
     kinds: dict[str, Ragged] = field(default_factory=dict)
     class_of: Tensor | None = None
     classes: tuple[str, ...] = ()
+    repeats: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids["anchor"].offsets) - 1
@@ -743,7 +745,7 @@ class Sentences:
         """The rows at `index`, in that order."""
         at = torch.as_tensor(index, dtype=torch.int64, device=self.ids["anchor"].offsets.device)
         words = None if self.words is None else self.words.subset(at)
-        more = {name: x[at] for name in ("domain", "class_of") if (x := getattr(self, name)) is not None}
+        more = {name: x[at] for name in ("domain", "class_of", "repeats") if (x := getattr(self, name)) is not None}
         ids, kinds = ({part: rows.subset(at) for part, rows in of.items()} for of in (self.ids, self.kinds))
         return replace(self, ids=ids, words=words, kinds=kinds, **more)
 
@@ -766,7 +768,9 @@ class Sentences:
 
     def to(self, device: torch.device | str) -> Sentences:
         words = None if self.words is None else self.words.to(device)
-        more = {name: x.to(device) for name in ("domain", "class_of") if (x := getattr(self, name)) is not None}
+        more = {
+            name: x.to(device) for name in ("domain", "class_of", "repeats") if (x := getattr(self, name)) is not None
+        }
         ids, kinds = ({part: rows.to(device) for part, rows in of.items()} for of in (self.ids, self.kinds))
         return replace(self, ids=ids, words=words, kinds=kinds, **more)
 

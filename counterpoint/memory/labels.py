@@ -79,10 +79,10 @@ class Refinement:
 
 
 class Targets:
-    """What each row of a training is to be taken for, and which rows take part; a refinement and rounds of transduction change it.
+    """What each row of a training is to be taken for, and which rows take part; refinement and transduction change it.
 
-    The training has one stage more than there are changes, all of as many epochs. Not a module: a checkpoint holds `state`, since
-    how many rows there are is known with the data only.
+    The training has one stage more than there are changes, all of as many epochs. Not a module: a checkpoint holds `state`,
+    since how many rows there are is known with the data only.
 
     Args:
         label: int64 ``[N]``; those of unlabelled rows do not count.

@@ -188,8 +188,8 @@ def neighbours(words: Iterable[str], tokenizer: Any, table: Tensor, *, count: in
             at.setdefault(word, i)
     if len(at) <= count:
         raise InputError(
-            "the tokens of this encoder are no words, so that none has neighbours: give a file of synonyms, or take the operators "
-            "swap and delete"
+            "the tokens of this encoder are no words, so that none has neighbours: give a file of synonyms, or take the "
+            "operators swap and delete"
         )
     names, asked = [*at], [word for word in dict.fromkeys(words) if word in at]
     unit = torch.nn.functional.normalize(table.detach()[[*at.values()]].float(), dim=1)

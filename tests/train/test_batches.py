@@ -90,3 +90,16 @@ def test_groups_that_are_too_small_are_named():
     made.grouping = lambda *_: torch.arange(49) // 3
     with pytest.raises(InputError, match="the largest of 17 groups has 3 items, and batches of one group need 4"):
         next(iter(made))
+
+
+def test_items_of_a_group_below_zero_sit_the_epoch_out():
+    made = Batches(items(), 4, seed=2)
+    out = torch.arange(49) % 3 == 0
+    made.grouping = lambda epoch, _: torch.where(out, -1, 0) if epoch == 1 else torch.zeros(49, dtype=torch.int64)
+    first, second, third = ([batch["index"] for batch in made] for _ in range(3))
+    assert len(first) == len(second) == len(third) == 12  # as many batches, of fewer items
+    assert not out[torch.cat(second)].any() and out[torch.cat(first)].any() and out[torch.cat(third)].any()
+    assert torch.cat(second[:8]).unique().numel() == 32 == int((~out).sum())  # each once, and then again
+    made.grouping = lambda *_: torch.full((49,), -1)
+    with pytest.raises(InputError, match="batches of one group need 4"):
+        next(iter(made))

@@ -29,8 +29,8 @@ class FineTuningText(Method):
     Three of Vega's tricks are parts, to be combined as one likes. `sift`: the answers must not change when the embeddings move in
     the worst direction. `refinement`: after a share of the epochs, labels give way to what the model thinks, or are dropped.
     `transduction`: inputs without labels join under those the model is sure of. Each of the last two, and each further round,
-    begins one more stage of the training, all of as many epochs; the model goes on rather than begins again, so that a
-    training costs what plain fine-tuning of its length costs.
+    begins one more stage of the training, all of as many epochs, which are as long as those of the labelled rows alone; the
+    model goes on rather than begins again, so that a training costs what plain fine-tuning of its length costs.
 
     When to use it: when texts have classes; after SimCSE or Vega on many texts of the domain, when some have labels. ::
 
@@ -38,8 +38,8 @@ class FineTuningText(Method):
         counterpoint train fine-tuning-text --data rte --start runs/vega-1 --sift '{}' --transduction '{threshold: 0.9}'
 
     ``--held_out 0.1`` keeps a tenth of the rows for ``--validate 1 --patience 5``. Evaluation reports the classifier as
-    ``fine-tune``: accuracy, F1 and Matthews correlation, and how far the classes lie apart; on inputs that the training saw without
-    labels it says so. With few labels, or where only a small part of the weights shall be kept for each task, take
+    ``fine-tune``: accuracy, F1 and Matthews correlation, and how far the classes lie apart; on inputs that the training saw
+    without labels it says so. With few labels, or where only a small part of the weights shall be kept for each task, take
     peft-augmentation.
 
     Defaults: dropout 0.1 before the classifier, 128 tokens (GLUE's usual); rates of 1e-5 to 5e-5 with AdamW, linear decay and 3
@@ -153,6 +153,8 @@ class FineTuningText(Method):
         if self.transduction is not None and rows.classes:
             rows = with_unlabelled(rows, data, self.transduction.inputs)
         items, self.trained = self.tokens(rows, self.max_length), rows
+        if len(rows) > labelled:  # an epoch is as long as it would be without the others
+            items.repeats = (torch.arange(len(rows)) < labelled).long()
         if (self.transduction or self.refinement) and items.label is not None:
             known = items.label.clamp(max=self.classes - 1)  # that there are no others is checked later
             self.targets = Targets(known, self.classes, labelled, self.refinement, self.transduction)

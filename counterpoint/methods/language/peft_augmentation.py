@@ -28,15 +28,17 @@ class PEFTAugmentation(FineTuningText):
         \log \frac{e^{z_i \cdot z_p / \tau}}{\sum_{a \ne i} e^{z_i \cdot z_a / \tau}}
 
     The encoder is frozen but for a prefix in each layer, or low-rank updates of query and value; the classifier learns. Each
-    example of a batch comes with one of its copies, drawn anew each time: easy data augmentation (words replaced, inserted, swapped,
-    deleted), or the sentence translated there and back. z are the unit vectors of all M originals and copies; :math:`P_i` are
-    those of the same class. Mixup mixes vectors before the classifier, with their labels; the contrast sees them unmixed.
+    example of a batch comes with one of its copies, drawn anew each time: easy data augmentation (words replaced, inserted,
+    swapped, deleted), or the sentence translated there and back. z are the unit vectors of all M originals and copies;
+    :math:`P_i` are those of the same class. Mixup mixes vectors before the classifier, with their labels; the contrast sees them
+    unmixed.
 
     The paper: augmentation helps parameter-efficient tuning with little data, but not always, and harms larger models on harder
     tasks; prefixes separate the classes of changed text less well than fine-tuning does, which a contrast repairs.
 
-    When to use it: with 50 to 1,000 labelled texts, or where one encoder shall serve many tasks with a few weights for each. Rates
-    are higher than for fine-tuning: 1e-3 to 1e-2. ``counterpoint train peft-augmentation --data few.csv --lr 5e-3 --epochs 50``.
+    When to use it: with 50 to 1,000 labelled texts, or where one encoder shall serve many tasks with a few weights for each.
+    Rates are higher than for fine-tuning: 1e-3 to 1e-2.
+    ``counterpoint train peft-augmentation --data few.csv --lr 5e-3 --epochs 50``.
     LoRA exports as an ordinary encoder; a prefix cannot.
 
     Defaults: prefix of 40 (P-tuning v2's script for BERT on BoolQ; 128 for RoBERTa on RTE) with dropout 0.1 and without
@@ -44,12 +46,13 @@ class PEFTAugmentation(FineTuningText):
     :math:`\mu` 0.5, :math:`\tau` 0.1, 0.4 for mixup. EDA as released: 9 copies at alpha 0.1.
 
     Where codes differ: there is none of the paper, and it could not be read beyond its abstract; parts follow their own
-    releases. That its "simple contrastive loss" is supervised is assumed; ``positives="example"`` pulls an example to its copy alone.
-    EDA's authors append all copies to the data; here an example and a copy share a batch, so that every anchor has a positive, and
-    each step costs twice. Positions of a text start behind the prefix, as released.
+    releases. That its "simple contrastive loss" is supervised is assumed; ``positives="example"`` pulls an example to its copy
+    alone. EDA's authors append all copies to the data; here an example and a copy share a batch, so that every anchor has a
+    positive, and each step costs twice. Positions of a text start behind the prefix, as released.
 
-    Source: Obadinma, Guo and Zhu 2023, "Effectiveness of Data Augmentation for Parameter Efficient Tuning with Limited Data" (arXiv
-    2303.02577); THUDM/P-tuning-v2 at b1520c9, jasonwei20/eda_nlp at 04ab29c, HobbitLong/SupContrast at 66a8fe5; Hu et al. 2022.
+    Source: Obadinma, Guo and Zhu 2023, "Effectiveness of Data Augmentation for Parameter Efficient Tuning with Limited Data"
+    (arXiv 2303.02577); THUDM/P-tuning-v2 at b1520c9, jasonwei20/eda_nlp at 04ab29c, HobbitLong/SupContrast at 66a8fe5; Hu et
+    al. 2022 (arXiv 2106.09685).
 
     Args:
         tuning: "prefix", "lora", "head" (the classifier alone) or "full".
@@ -138,7 +141,7 @@ class PEFTAugmentation(FineTuningText):
         return super().grouping(epoch, items)
 
     def made(self) -> texts.Ragged:
-        """Token ids of all copies of the rows that are trained on, those of a row one after the other; pairs change side by side."""
+        """Token ids of all copies of the training's rows, those of a row one after the other; pairs change side by side."""
         assert self.trained is not None
         columns = {}
         for part, sentences in self.trained.columns.items():
