@@ -23,11 +23,11 @@ def table(label, second=None):
 
 def test_labels_are_numbers_or_words():
     numbers = texts.load(table(["2", "0", "2"]), classes=True)
-    assert numbers.label.tolist() == [2, 0, 2] and numbers.classes == ("0", "1", "2")
+    assert numbers.first_class.tolist() == [2, 0, 2] and numbers.classes == ("0", "1", "2")
     words = texts.load(table(["yes", "no", "yes"]), classes=True)
-    assert words.label.tolist() == [1, 0, 1] and words.classes == ("no", "yes")
-    assert texts.load(table([1.0, 0.0]), classes=True).label.tolist() == [1, 0]  # as a DataFrame has them
-    assert texts.load({"sentence": ["a", "b"]}, classes=True).label is None
+    assert words.first_class.tolist() == [1, 0, 1] and words.classes == ("no", "yes")
+    assert texts.load(table([1.0, 0.0]), classes=True).first_class.tolist() == [1, 0]  # as a DataFrame has them
+    assert texts.load({"sentence": ["a", "b"]}, classes=True).class_of is None
     for wrong, message in (
         (["", "a"], "row 1 of the table has no label"),
         (["0.5", "1"], "numbers that are no classes"),
@@ -36,8 +36,7 @@ def test_labels_are_numbers_or_words():
             texts.load(table(wrong), classes=True)
 
 
-def test_without_being_asked_nothing_has_classes():
-    assert texts.load(table(["2", "0"])).label is None
+def test_without_being_asked_pairs_have_no_classes():
     scored = texts.load({**table(["1", "0"], ["x", "y"])})
     assert scored.label.tolist() == [1, 0] and scored.classes == ()  # pairs that belong together or not, as before
     batch = texts.tokenise(scored, byte_tokenizer(), 30).take(torch.arange(2))
@@ -46,7 +45,7 @@ def test_without_being_asked_nothing_has_classes():
 
 def test_repeated_sentences_stay_where_they_have_classes():
     rows = {"sentence": ["a", "a", "", "b"], "label": ["0", "1", "0", "1"]}
-    assert texts.load(rows, classes=True).label.tolist() == [0, 1, 1]
+    assert texts.load(rows, classes=True).first_class.tolist() == [0, 1, 1]
 
 
 def test_a_pair_is_one_row_of_which_the_longer_part_is_cut():
@@ -55,7 +54,7 @@ def test_a_pair_is_one_row_of_which_the_longer_part_is_cut():
     items = texts.tokenise(rows, tokenizer, 20, together=True)
     assert list(items.ids) == ["anchor"] and items.truncated == 1
     batch = items.take(torch.arange(2))
-    assert batch["label"].tolist() == [0, 1] and batch["attention_mask"].sum(1).tolist() == [14, 20]
+    assert batch["label"].tolist() == [[0], [1]] and batch["attention_mask"].sum(1).tolist() == [14, 20]
     whole = tokenizer("sentence 0", "b")["input_ids"]
     assert batch["input_ids"][0, :14].tolist() == whole and whole.count(tokenizer.sep_token_id) == 2
     moved = items.subset([1]).to("cpu")
@@ -65,14 +64,14 @@ def test_a_pair_is_one_row_of_which_the_longer_part_is_cut():
 def test_classes_are_numbered_as_the_model_does():
     rows = texts.load(table(["yes", "no"]), classes=True)
     found = numbered(rows, ("yes", "no", "maybe"), known=False)
-    assert found.label.tolist() == [0, 1] and found.classes == ("yes", "no", "maybe")
+    assert found.first_class.tolist() == [0, 1] and found.classes == ("yes", "no", "maybe")
     with pytest.raises(InputError, match=r"are words: say in which order they count, --classes '\[no, yes\]'"):
         numbered(rows, (), known=False)
     assert numbered(rows, (), known=True) is rows
     with pytest.raises(InputError, match="has the class no, but the model knows yes, maybe"):
         numbered(rows, ("yes", "maybe"), known=False)
     other = texts.load(table(["no", "no"]), classes=True)  # one class only: its number must not change
-    assert numbered(other, ("yes", "no"), known=False).label.tolist() == [1, 1]
+    assert numbered(other, ("yes", "no"), known=False).first_class.tolist() == [1, 1]
 
 
 def test_unlabelled_inputs_stand_behind_the_rows(tmp_path):
@@ -81,7 +80,7 @@ def test_unlabelled_inputs_stand_behind_the_rows(tmp_path):
     file.write_text("one\ntwo\n\nthree\n")
     found = with_unlabelled(rows, None, str(file))
     assert found.columns["anchor"] == ["sentence 0", "sentence 1", "one", "two", "three"]
-    assert found.label.tolist() == [1, 0, 0, 0, 0] and found.classes == rows.classes
+    assert found.first_class.tolist() == [1, 0, 0, 0, 0] and found.classes == rows.classes
     with pytest.raises(InputError, match="has no part test: name a file"):
         with_unlabelled(rows, "mine.csv", "test")
     two = texts.load(table(["1", "0"], ["x", "y"]), classes=True)
@@ -105,10 +104,10 @@ def glue(tmp_path, monkeypatch):
 
 def test_known_sets_have_no_row_of_their_test_part_in_training(glue):
     rows = texts.load("sst2")
-    assert rows.columns["anchor"] == ["bad film"] and rows.classes == ("negative", "positive")
-    assert texts.load("sst2", "test").label.tolist() == [1] and texts.load("sst2:dev").label.tolist() == [1]
+    assert rows.columns["anchor"] == ["bad film"] and rows.classes == ("a bad review", "a good review")
+    assert texts.load("sst2", "test").first_class.tolist() == [1] and texts.load("sst2:dev").first_class.tolist() == [1]
     rte = texts.load("rte")  # a sentence may stand in both parts, a pair may not
-    assert rte.columns["anchor"] == ["a b", "d"] and rte.label.tolist() == [0, 1]
+    assert rte.columns["anchor"] == ["a b", "d"] and rte.first_class.tolist() == [0, 1]
     assert texts.load("rte", "test").columns["positive"] == ["f"]
     with pytest.raises(
         InputError, match=r"rte has the splits train, test with labels, not 'dev': hold a share of train out"
@@ -122,4 +121,4 @@ def test_rows_with_classes_are_neither_positives_nor_labelled_pairs(glue):
     assert pairs.labelled("rte", own=True) is None
     with pytest.raises(InputError, match="are not of one form and cannot be the domains of one set"):
         texts.load("sst2+sst2".replace("+sst2", "+rte"))
-    assert np.array_equal(texts.load("rte").subset([1]).label, [1])
+    assert np.array_equal(texts.load("rte").subset([1]).first_class, [1])

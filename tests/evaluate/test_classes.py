@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import silhouette_score
 
 from counterpoint.errors import InputError
-from counterpoint.evaluate.labels import measure, tuned
+from counterpoint.evaluate.classes import measure, tuned
 from counterpoint.evaluate.protocols import own_classifier, separation
 from counterpoint.methods.language.fine_tuning_text import FineTuningText
 

@@ -73,11 +73,11 @@ def same(one, other):
 def test_it_is_the_cross_entropy_of_a_linear_classifier_on_the_vector():
     method = build(dropout=0.0, classifier_dropout=0.0)
     batch = batch_of(method)
-    assert batch["label"].tolist() == [1, 0] * 4  # far and near, as the model numbers them
+    assert batch["label"].tolist() == [[1], [0]] * 4  # far and near, as the model numbers them
     scores = method.classifier(method.encoder(batch["input_ids"], batch["attention_mask"]).pooled)
     found = method.loss(batch)
     assert found.keys() == {"cross entropy"}
-    torch.testing.assert_close(found["cross entropy"], F.cross_entropy(scores, batch["label"]))
+    torch.testing.assert_close(found["cross entropy"], F.cross_entropy(scores, batch["label"][:, 0]))
     found["cross entropy"].backward()
     assert all(p.grad is not None for p in method.parameters())
     torch.testing.assert_close(method.eval().class_scores(batch), scores)
@@ -269,7 +269,7 @@ def test_it_learns_and_is_measured_on_rows_that_it_has_not_seen(caplog):
     assert found.keys() == {"trained", "untrained"}
     trained = found["trained"]
     assert (trained.protocol, trained.metric, trained.n) == ("fine-tune", "accuracy", 8)
-    truth = run.model().rows("other.csv").label
+    truth = run.model().rows("other.csv").first_class
     predicted = run.model().classify("other.csv")
     assert trained.value == pytest.approx(100 * (truth == predicted).mean()) and trained.value >= 75
     hits = ((predicted == 1) & (truth == 1)).sum()

@@ -86,7 +86,7 @@ def test_the_loss_is_its_formula():
         copies = method.drawn(batch["index"])
         own = method.encoder(batch["input_ids"], batch["attention_mask"]).pooled
         both = torch.cat([own, method.encoder(*copies).pooled])
-        label = batch["label"].repeat(2)
+        label = batch["label"][:, 0].repeat(2)
         torch.testing.assert_close(found["cross entropy"], rest * F.cross_entropy(method.classifier(both), label))
         z = F.normalize(both, dim=1) @ F.normalize(both, dim=1).T / 0.2
         total = 0.0
@@ -99,9 +99,9 @@ def test_the_loss_is_its_formula():
 
 def test_anchors_without_a_positive_count_as_nothing():
     method, batch = ready(augment=(), mu=1.0, weighting="sum", **QUIET)
-    batch["label"] = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1])  # the last has no positive without copies
+    batch["label"] = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1])[:, None]  # the last has no positive without copies
     z = method.encoder(batch["input_ids"], batch["attention_mask"]).pooled
-    rows = sup_con(z, batch["label"], temperature=0.1, reduction="none")
+    rows = sup_con(z, batch["label"][:, 0], temperature=0.1, reduction="none")
     torch.testing.assert_close(method.loss(batch)["contrast"], rows[:7].sum() / 8)
 
 

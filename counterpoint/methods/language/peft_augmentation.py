@@ -72,6 +72,8 @@ class PEFTAugmentation(FineTuningText):
         **fine_tuning: as in FineTuningText.
     """
 
+    table: Tensor | None
+
     def __init__(
         self,
         tuning: Tuning = "prefix",
