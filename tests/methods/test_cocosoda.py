@@ -330,7 +330,7 @@ def test_from_a_table_to_a_search(tmp_path, capsys):
     test = write(tmp_path / "test.csv", held)
     run = tmp_path / "run"
     options = ["--encoder", yaml.dump(TINY, default_flow_style=True).strip(), "--max_length", "48", "--queue", "16"]
-    options += ["--epochs", "25", "--batch_size", "16", "--lr", "0.01", "--progress", "false"]
+    options += ["--epochs", "12", "--batch_size", "16", "--lr", "0.01", "--progress", "false"]
     assert cli.main(["train", "cocosoda-fresh", "--data", str(train), "--run", str(run), *options]) == 0
     assert cli.main(["evaluate", str(run), "--data", str(test)]) == 0
     found = {r["subject"]: r for r in json.loads((run / "evaluation.json").read_text())}
