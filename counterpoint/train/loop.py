@@ -17,7 +17,7 @@ from counterpoint.data import NAMES
 from counterpoint.errors import InputError, NotFinite, nearest
 from counterpoint.train.batches import Batches
 from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Progress, Recorder, Selection, StepSeed
-from counterpoint.train.checkpoint import SafeCheckpointIO
+from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
 from counterpoint.train.chunks import in_chunks
 from counterpoint.train.method import Diverged, Method, checked
 from counterpoint.train.optimise import Optimisation
@@ -160,7 +160,7 @@ def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | No
         raise InputError(f"{folder} was trained with another configuration ({'; '.join(different)}); start a new run")
     if not result.checkpoint.is_file():
         raise InputError(f"{folder} has no checkpoint yet: it was stopped before its first one; start again")
-    method = result.model().train()  # what it has learned may decide how it reads its data
+    load_state(result.checkpoint)
     for rest in result.checkpoint.parent.glob(".*.partial"):  # of a process that was killed while it wrote
         rest.unlink(missing_ok=True)
     options = config["fit"]
@@ -169,6 +169,7 @@ def resume(folder: str | Path, data: Any = None, *, changes: dict[str, Any] | No
         raise InputError(f"{folder}/config.yaml does not say {', '.join(missing)}: another version wrote it")
     if data is None and config["data"] is None:
         raise InputError(f"{folder} was trained on an array: pass the same data again")
+    method = result.model().train()  # what it has learned may decide how it reads its data
     data = config["data"] if data is None else data
     items = method.training_items(data, limit=options["limit"], seed=options["seed"])
     result.method = method
