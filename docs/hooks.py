@@ -40,11 +40,19 @@ EXAMPLES = {
     "sentences": "sentences.txt",
     "histories": "purchases.csv",
     "pairs": "captions.csv",
+    "language": "text.txt",
 }
 """Data of one's own, by the family of a method."""
 
-MEASURED = {"supremix": "ages.npz"}
-"""The same for methods that need more than their family says: here an array file with a value for each image."""
+MEASURED = {
+    "supremix": "ages.npz",
+    "lol": "movie-facts",
+    "cocosoda": "pairs.csv",
+    "primer": "labelled.csv",
+    "fine-tuning-text": "labelled.csv",
+    "peft-augmentation": "labelled.csv",
+}
+"""The same for methods that need more than their family says: a value for each image, facts, code, classes."""
 
 VERDICTS = {"reproduced": "reproduced", "not_reproduced": "not reproduced", "untestable": "cannot be tested here"}
 
