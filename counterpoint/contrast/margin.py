@@ -1,6 +1,6 @@
 """Margins on pair scores: positives and negatives are held apart from each other's extremes."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -122,13 +122,16 @@ def triplet(
     if mining not in ("hardest", "semi-hard", "all"):
         raise InputError(f'mining must be "hardest", "semi-hard" or "all", not "{mining}"')
     _check_corner(margin, temperature)
-    given: dict[str, Any] = {
-        "negatives": negatives,
-        "hard_negatives": hard_negatives,
-        "ignore": ignore,
-        "in_batch": in_batch,
-    }
-    found = candidates(query, key, positives=positives, normalize=normalize, **given)
+    found = candidates(
+        query,
+        key,
+        positives=positives,
+        negatives=negatives,
+        hard_negatives=hard_negatives,
+        ignore=ignore,
+        in_batch=in_batch,
+        normalize=normalize,
+    )
     attraction = found.attraction
     if mining == "all":
         counts = found.counted()
@@ -176,13 +179,16 @@ def pair_margin(
     Source: Hadsell, Chopra and LeCun 2006 (CVPR), equation 4; there pairs come one by one, here all pairs of a batch count.
     """
     _check_corner(margin, temperature)
-    given: dict[str, Any] = {
-        "negatives": negatives,
-        "hard_negatives": hard_negatives,
-        "ignore": ignore,
-        "in_batch": in_batch,
-    }
-    found = candidates(query, key, positives=positives, normalize=normalize, **given)
+    found = candidates(
+        query,
+        key,
+        positives=positives,
+        negatives=negatives,
+        hard_negatives=hard_negatives,
+        ignore=ignore,
+        in_batch=in_batch,
+        normalize=normalize,
+    )
     counts = found.counted()
     length = found.pool.square().sum(1).expand(len(counts), -1)
     if found.hard is not None:
