@@ -1,13 +1,17 @@
 """Whole training steps, data to optimiser, beside other libraries' on the same data, model, batch and machine.
 
 - ``simclr``: SimCLR with a small convolutional net on 32-pixel images; lightly's transforms (in loader processes, as its
-  examples do) and NTXentLoss, in a bare loop.
+  examples do) and NTXentLoss, in a bare loop. ``simclr resnet18``: the same with a ResNet-18 whose stem suits small images.
 - ``simcse``: unsupervised SimCSE with the first layers of a sentence encoder; sentence-transformers'
   MultipleNegativesRankingLoss on (sentence, sentence) pairs through its own tokenising and collating, in a bare loop.
 
+- ``embed``: embeddings per second of the sentence encoder beside SentenceTransformer.encode, and of a ResNet-18 on images of 96
+  pixels beside a plain loop over the same timm model.
+
 A bare loop is the fastest form of a peer: no trainer, no logging, no checkpoints. Ours is `counterpoint.fit` as anyone calls it.
 Every measurement is a process of its own; the first steps warm up and do not count. Also: how long `import counterpoint`
-takes, the time from the command to the end of the first step, and the share of our step that views take.
+takes, the time from the command to the end of the first step, and the shares of our step that views, encoder, loss and
+optimiser take.
 
 Run from the repository root on a quiet machine:
 
@@ -24,12 +28,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).parent.parent / "results" / "benchmarks" / "training_step.json"
 IMAGES, SIDE, BATCH = 8192, 32, 256
+RESNET_IMAGES, RESNET_BATCH = 384, 64
 SENTENCES, TEXT_BATCH = 2048, 64
+EMBEDDED, EMBEDDED_SIDE = 512, 96
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def main() -> None:
             rows[name].append(json.loads(last) if done.returncode == 0 else {"failed": done.stderr.strip()[-300:]})
             print(name, rows[name][-1], flush=True)
     record = {"cells": {name: summary(found) for name, found in rows.items()}, "environment": environment()}
-    for form in ("simclr", "simcse"):
+    for form in ("simclr", "simclr resnet18", "simcse", "simcse embed", "image embed"):
         ours, theirs = (record["cells"].get(f"{form} {who}", {}).get("items_per_second") for who in ("ours", "peer"))
         if ours and theirs:
             record[f"{form} ratio"] = ours / theirs
@@ -74,10 +81,10 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: statistics.median(row[key] for row in good) for key in good[0]} | {"runs": len(good)}
 
 
-def images() -> Any:
+def images(count: int = IMAGES, side: int = SIDE) -> Any:
     import torch
 
-    return torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def sentences(options: argparse.Namespace) -> list[str]:
@@ -97,29 +104,53 @@ def ours(method: Any, data: Any, batch: int, **fit: Any) -> dict[str, Any]:
     return {"items_per_second": batch * (len(late) - 1) / (late[-1] - late[0])}
 
 
-def simclr_ours(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
+def simclr_ours(
+    options: argparse.Namespace, encoder: str = "convnet-16", count: int = IMAGES, batch: int = BATCH
+) -> Any:
     import counterpoint as cp
     from counterpoint.views import SIMCLR_SMALL
 
-    data, spent = images(), [0.0, 0.0]
-    method = cp.SimCLR(encoder="convnet-16", image_size=SIDE, views=SIMCLR_SMALL)
-    found = ours(method, data, BATCH)
-    batch = data[:BATCH]
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(2):
-            method.views(batch)
-        spent[0] += time.perf_counter() - start
-        start = time.perf_counter()
-        method.train().loss({"image": batch}).backward()
-        spent[1] += time.perf_counter() - start
+    data = images(count)
+    method = cp.SimCLR(encoder=encoder, image_size=SIDE, views=SIMCLR_SMALL)
+    return ours(method, data, batch) | shares(method, data[:batch])
+
+
+def shares(method: Any, batch: Any) -> dict[str, float]:
+    """Of a step of SimCLR: what views, loss and optimiser take alone, and the rest, which is encoder and projector."""
+    import torch
+
+    from counterpoint import contrast
+
     torch.set_grad_enabled(True)
-    return found | {"share_of_views": spent[0] / spent[1]}
+    method.train()
+    optimiser = torch.optim.SGD(method.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4, fused=True)
+    z = [torch.randn(len(batch), 128, requires_grad=True) for _ in range(2)]
+
+    def step() -> None:
+        optimiser.zero_grad()
+        method.loss({"image": batch}).backward()
+        optimiser.step()
+
+    parts = {
+        "step": step,
+        "views": lambda: [method.views(batch) for _ in range(2)],
+        "loss": lambda: contrast.nt_xent(*z, temperature=0.2).backward(),
+        "optimiser": optimiser.step,
+    }
+    took = {}
+    for name, part in parts.items():
+        part()
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            part()
+            times.append(time.perf_counter() - start)
+        took[name] = statistics.median(times)
+    found = {f"share_of_{name}": took[name] / took["step"] for name in ("views", "loss", "optimiser")}
+    return found | {"share_of_encoder": 1 - sum(found.values())}
 
 
-def simclr_peer(options: argparse.Namespace) -> dict[str, Any]:
+def simclr_peer(options: argparse.Namespace, name: str = "convnet-16", count: int = IMAGES, batch: int = BATCH) -> Any:
     import torch
     from lightly.loss import NTXentLoss
     from lightly.transforms import SimCLRTransform
@@ -128,22 +159,22 @@ def simclr_peer(options: argparse.Namespace) -> dict[str, Any]:
     from counterpoint import encoders
     from counterpoint.encoders import heads
 
-    data = images()
+    data = images(count)
     transform = SimCLRTransform(input_size=SIDE, gaussian_blur=0.0)
 
     class Views(torch.utils.data.Dataset):
         def __len__(self) -> int:
-            return IMAGES
+            return count
 
         def __getitem__(self, index: int) -> Any:
             return transform(to_pil_image(data[index]))
 
-    encoder = encoders.image("convnet-16", image_size=SIDE)
+    encoder = encoders.image(name, image_size=SIDE)
     net = torch.nn.ModuleList([encoder, heads.simclr_projector(encoder.dim)])
     loss = NTXentLoss(temperature=0.2)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
     loader = torch.utils.data.DataLoader(
-        Views(), BATCH, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
+        Views(), batch, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, persistent_workers=True
     )
     times = []
     for _ in range(2):
@@ -154,7 +185,7 @@ def simclr_peer(options: argparse.Namespace) -> dict[str, Any]:
             optimiser.step()
             times.append(time.perf_counter())
     late = times[len(times) // 2 :]
-    return {"items_per_second": BATCH * (len(late) - 1) / (late[-1] - late[0])}
+    return {"items_per_second": batch * (len(late) - 1) / (late[-1] - late[0])}
 
 
 def simcse_ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -206,11 +237,33 @@ def embed_peer(options: argparse.Namespace) -> dict[str, Any]:
     return timed(lambda lines: model.encode(lines, batch_size=128, show_progress_bar=False), sentences(options))
 
 
-def timed(encode: Any, lines: list[str]) -> dict[str, Any]:
-    encode(lines[:64])
+def images_ours(options: argparse.Namespace) -> dict[str, Any]:
+    import counterpoint as cp
+    from counterpoint.data import Images
+
+    method = cp.SimCLR(encoder="resnet18", image_size=EMBEDDED_SIDE).eval()
+    return timed(lambda part: method.encode(Images(part, name="images")), images(EMBEDDED, EMBEDDED_SIDE))
+
+
+def images_peer(options: argparse.Namespace) -> dict[str, Any]:
+    import timm
+    import torch
+
+    model = timm.create_model("resnet18", num_classes=0).eval()
+    mean, deviation = (torch.tensor(model.default_cfg[key])[:, None, None] for key in ("mean", "std"))
+
+    @torch.inference_mode()
+    def encode(part: Any) -> Any:
+        return torch.cat([model((rows / 255 - mean) / deviation) for rows in part.split(128)])
+
+    return timed(encode, images(EMBEDDED, EMBEDDED_SIDE))
+
+
+def timed(encode: Any, items: Any) -> dict[str, Any]:
+    encode(items[:64])
     start = time.perf_counter()
-    encode(lines)
-    return {"items_per_second": len(lines) / (time.perf_counter() - start)}
+    encode(items)
+    return {"items_per_second": len(items) / (time.perf_counter() - start)}
 
 
 def start_up(options: argparse.Namespace) -> dict[str, Any]:
@@ -253,10 +306,14 @@ CELLS = {
     "start-up": start_up,
     "simclr ours": simclr_ours,
     "simclr peer": simclr_peer,
+    "simclr resnet18 ours": partial(simclr_ours, encoder="resnet18", count=RESNET_IMAGES, batch=RESNET_BATCH),
+    "simclr resnet18 peer": partial(simclr_peer, name="resnet18", count=RESNET_IMAGES, batch=RESNET_BATCH),
     "simcse ours": simcse_ours,
     "simcse peer": simcse_peer,
     "simcse embed ours": embed_ours,
     "simcse embed peer": embed_peer,
+    "image embed ours": images_ours,
+    "image embed peer": images_peer,
 }
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ MkDocs calls the `on_*` functions. Nothing here needs the network, and pages loa
 - A line ``<!-- methods -->`` becomes the table of methods.
 - ``$...$`` and ``$$...$$`` become MathML.
 - A line ``<!-- comparisons -->`` becomes a table for every record in ``results/comparisons/``.
-- A line ``<!-- leaderboard -->`` becomes the table and plot of ``results/comparisons/vision-leaderboard.json``.
+- A line ``<!-- leaderboard NAME: PROTOCOL, PROTOCOL -->`` becomes the table and plot of
+  ``results/comparisons/NAME.json``, best first by the first protocol.
 - A line ``<!-- benchmark NAME -->`` becomes what ``results/benchmarks/NAME.json`` holds, as a table (and curves).
 - A line ``<!-- study SLUG: METRIC, METRIC -->`` becomes a table of these means, one row an arm of that study's record.
 - A line ``<!-- combinations -->`` becomes the tables of ``combinations.yaml``: which part goes with which method.
@@ -32,8 +33,8 @@ from mkdocs.structure.pages import Page
 from counterpoint import methods, results
 from counterpoint.errors import InputError
 
-LEADERBOARD = "vision-leaderboard"
-"""Name of the comparison of all image methods, which has a page of its own."""
+LEADERBOARDS = {"vision-leaderboard": "leaderboard.md", "language-leaderboard": "leaderboard-sentences.md"}
+"""Comparisons that have a page of their own."""
 
 EXAMPLES = {
     "images": "photos/",
@@ -82,7 +83,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(r"^<!-- methods -->$", lambda _: _methods_table("methods/"), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- combinations -->$", lambda _: _combinations(), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- comparisons -->$", lambda _: _comparisons(), markdown, flags=re.M)
-    markdown = re.sub(r"^<!-- leaderboard -->$", lambda _: _leaderboard(), markdown, flags=re.M)
+    markdown = re.sub(
+        r"^<!-- leaderboard (\S+): (.+) -->$", lambda found: _leaderboard(*found.groups()), markdown, flags=re.M
+    )
     markdown = re.sub(r"^<!-- benchmark (\w+) -->$", lambda found: _benchmark(found[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- study (\S+): (.+) -->$", lambda found: _arms(found[1], found[2]), markdown, flags=re.M)
     markdown = re.sub(r"^::: ([\w.]+)$", lambda found: _reference(found[1]), markdown, flags=re.M)
@@ -313,7 +316,7 @@ def _comparisons() -> str:
     """One table a recorded comparison; what learned nothing comes first."""
     parts = []
     for name, record in _records().items():
-        if name == LEADERBOARD:
+        if name in LEADERBOARDS:
             continue
         parts.append(f"## {name}\n\n{_settings(name, record)}\n")
         protocols = [key for key in record["rows"][0] if key != "name"]
@@ -337,34 +340,42 @@ def _settings(name: str, record: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any], protocols: list[str]) -> list[str]:
     """Values, minutes and memory of one row of a comparison."""
-    cells = [f"{row[key]['mean']:.1f} ± {row[key]['deviation']:.1f}" if key in row else "" for key in protocols]
+    cells = [_spread(key, row[key]) if key in row else "" for key in protocols]
     return cells + ([f"{row['minutes']:.1f}", f"{row['memory_mb']:,} MB"] if "minutes" in row else ["", ""])
 
 
-def _leaderboard() -> str:
-    """All image methods at one budget: what learned nothing first, then the others from best to worst by the linear probe."""
-    path = results.folder() / "comparisons" / f"{LEADERBOARD}.json"
+def _spread(protocol: str, found: dict[str, Any]) -> str:
+    digits = 2 if protocol.endswith(("alignment", "uniformity")) else 1  # these are no shares in %
+    return f"{found['mean']:.{digits}f} ± {found['deviation']:.{digits}f}"
+
+
+def _leaderboard(comparison: str, shown: str) -> str:
+    """All methods of a kind at one budget: what learned nothing first, then the others from best to worst."""
+    path = results.folder() / "comparisons" / f"{comparison}.json"
     record = results.read(path)
     if record is None:
         return "*Not recorded yet.* The command below writes the record from which this table is made."
-    protocols = [key for key in ("knn-200-0.1", "linear-offline") if key in record["rows"][0]]
-    still = [row for name in ("untrained", "raw pixels") for row in record["rows"] if row["name"] == name]
+    protocols = [name.strip() for name in shown.split(",")]
+    still = sorted((row for row in record["rows"] if "minutes" not in row), key=lambda row: row["name"] != "untrained")
     trained = [row for row in record["rows"] if "minutes" in row]
-    trained.sort(key=lambda row: row[protocols[-1]]["mean"], reverse=True)
+    trained.sort(key=lambda row: row[protocols[0]]["mean"], reverse=True)
     rows = [
-        f"| | | {' | '.join(protocols)} | minutes | memory | images seen |",
+        f"| | | {' | '.join(protocols)} | minutes | memory | items seen |",
         "|---|" + "---|" * (len(protocols) + 4),
     ]
+    slugs = {row["name"]: _all_recipes().get(row["name"], {}).get("method", row["name"]) for row in trained}
     for place, row in enumerate([*still, *trained], 1 - len(still)):
         name = {"untrained": "untrained encoder"}.get(row["name"], row["name"])
         seen = f"{row['items']:,}" if "items" in row else ""
-        slug = _all_recipes().get(row["name"], {}).get("method", row["name"])
-        if "minutes" in row and any(line.slug == slug for line, _ in _ready()):
-            name = f"[{methods.entry(slug).title.partition(':')[0]}](methods/{slug}.md)"
+        slug = slugs.get(row["name"])
+        if any(line.slug == slug for line, _ in _ready()):
+            alone = [*slugs.values()].count(slug) == 1  # else the recipe's name tells the rows of a method apart
+            title = methods.entry(slug).title.partition(":")[0] if alone else f"`{name}`"
+            name = f"[{title}](methods/{slug}.md)"
         rows.append(f"| {place if place > 0 else ''} | {name} | {' | '.join(_cells(row, protocols))} | {seen} |")
     plot = path.with_suffix(".svg")
     picture = _inline(plot.read_text(encoding="utf-8")) if plot.is_file() else ""
-    return f"{_settings(LEADERBOARD, record)}\n\n" + "\n".join(rows) + f"\n\n{picture}"
+    return f"{_settings(comparison, record)}\n\n" + "\n".join(rows) + f"\n\n{picture}"
 
 
 def _inline(picture: str) -> str:
@@ -379,11 +390,9 @@ def _compared(slug: str) -> list[str]:
         for row in record["rows"]:
             if _all_recipes().get(row["name"], {}).get("method", row["name"]) == slug:
                 values = ", ".join(
-                    f"{key} {value['mean']:.1f} ± {value['deviation']:.1f}"
-                    for key, value in row.items()
-                    if isinstance(value, dict)
+                    f"{key} {_spread(key, value)}" for key, value in row.items() if isinstance(value, dict)
                 )
-                place = "leaderboard.md" if name == LEADERBOARD else f"comparisons.md#{name}"
+                place = LEADERBOARDS.get(name, f"comparisons.md#{name}")
                 said.append(f"- `{row['name']}` in [{name}](../{place}): {values}")
     return ["Measured side by side, mean and deviation over seeds:\n\n" + "\n".join(said)] if said else []
 
@@ -520,18 +529,27 @@ def _ring(record: dict[str, Any]) -> str:
 
 
 def _training_step(record: dict[str, Any]) -> str:
-    rows = ["| what | items per second | runs |", "|---|---|---|"]
+    """Items per second, ours and a peer's, and where our step's time goes."""
+    rows = ["| what | ours, items per second | peer | ours is faster by |", "|---|---|---|---|"]
     for name, cell in record["cells"].items():
-        if "items_per_second" in cell:
-            rows.append(f"| {name} | {cell['items_per_second']:,.0f} | {cell['runs']} |")
+        form = name.removesuffix(" ours")
+        peer = record["cells"].get(f"{form} peer", {})
+        if form != name and "items_per_second" in cell and "items_per_second" in peer:
+            rows.append(
+                f"| {form} | {cell['items_per_second']:,.0f} | {peer['items_per_second']:,.0f} | {record[f'{form} ratio']:.2f} |"
+            )
+    parts = ("views", "encoder", "loss", "optimiser")
+    rows += ["", f"| of a step of ours | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
+    for name, cell in record["cells"].items():
+        if "share_of_views" in cell:
+            shares = " | ".join(f"{cell[f'share_of_{part}']:.0%}" for part in parts)
+            rows.append(f"| {name.removesuffix(' ours')} | {shares} |")
     start = record["cells"]["start-up"]
-    share = record["cells"]["simclr ours"].get("share_of_views")
     return (
         "\n".join(rows)
         + f"\n\n`import counterpoint` takes {start['import_seconds']:.2f} s, a first training step is done "
-        f"{start['first_step_seconds']:.1f} s after the command"
-        + (f", and views take {share:.0%} of a SimCLR step" if share else "")
-        + f" ({record['environment']['threads']} threads, torch {record['environment']['torch']})."
+        f"{start['first_step_seconds']:.1f} s after the command ({record['environment']['threads']} threads, torch "
+        f"{record['environment']['torch']})."
     )
 
 

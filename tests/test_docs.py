@@ -85,7 +85,7 @@ def hooks(tmp_path, monkeypatch):
 
 
 def test_the_leaderboard_begins_with_what_learned_nothing_and_then_falls(hooks, tmp_path):
-    assert hooks._leaderboard().startswith("*Not recorded yet.*")
+    assert hooks._leaderboard("vision-leaderboard", "linear-offline").startswith("*Not recorded yet.*")
 
     def row(name, linear, **more):
         spread = {"deviation": 0.5, "values": [linear]}
@@ -108,13 +108,13 @@ def test_the_leaderboard_begins_with_what_learned_nothing_and_then_falls(hooks, 
     record = {"shared": shared, "seeds": [0], "rows": rows, "environment": environment}
     results.save(tmp_path / "comparisons" / "vision-leaderboard.json", record)
     (tmp_path / "comparisons" / "vision-leaderboard.svg").write_text("<?xml?><svg>dots</svg>")
-    page = hooks._leaderboard()
+    page = hooks._leaderboard("vision-leaderboard", "linear-offline, knn-200-0.1")
     table = [line for line in page.splitlines() if line.startswith("| ")][1:]
     names = ["untrained encoder", "raw pixels", "[SwAV](methods/swav.md)", "[SimCLR](methods/simclr.md)", "mine"]
     assert [line.split("|")[2].strip() for line in table] == names
     assert [line.split("|")[1].strip() for line in table] == ["", "", "1", "2", "3"]
     assert (
-        "| 50.0 ± 0.5 | 1.2 | 1,234 MB | 30,000 |" in page
+        "| 50.0 ± 0.5 | 10.0 ± 0.5 | 1.2 | 1,234 MB | 30,000 |" in page
         and "6 epochs, batch 128" in page
         and "<svg>dots</svg>" in page
     )

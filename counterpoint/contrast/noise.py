@@ -6,7 +6,6 @@ probability. Without q it is negative sampling, and s becomes :math:`\log p(y \m
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +66,16 @@ def binary_nce(
     Mikolov et al. 2013 (arXiv 1310.4546), equation 4.
     """
     check_temperature(temperature, 1, len(query))
-    given: dict[str, Any] = {"negatives": negatives, "hard_negatives": hard_negatives, "in_batch": in_batch}
-    found = candidates(query, key, positives=positives, ignore=ignore, normalize=normalize, **given)
+    found = candidates(
+        query,
+        key,
+        positives=positives,
+        negatives=negatives,
+        hard_negatives=hard_negatives,
+        ignore=ignore,
+        in_batch=in_batch,
+        normalize=normalize,
+    )
     noise, own = _noise(log_noise, negatives_log_noise, found, key, positives)
     scaled = divide(found.query, temperature)
     attraction = (scaled * found.positive).sum(1)
@@ -130,19 +137,32 @@ def ranking_nce(
     Source: Ma and Collins 2018 (arXiv 1809.01812), section 3; Jozefowicz et al. 2016 (arXiv 1602.02410), section 3.1; the bound:
     van den Oord et al. 2018 (arXiv 1807.03748), section 2.3.
     """
-    given: dict[str, Any] = {
-        "negatives": negatives,
-        "hard_negatives": hard_negatives,
-        "ignore": ignore,
-        "in_batch": in_batch,
-    }
-    options: dict[str, Any] = {"temperature": temperature, "normalize": normalize, "reduction": reduction}
     if not isinstance(log_noise, Tensor) and not isinstance(negatives_log_noise, Tensor):
         if log_noise is not None and negatives_log_noise is not None and negatives_log_noise != log_noise:
             raise InputError("two numbers of noise that differ: give log_noise and negatives_log_noise as tensors")
-        return info_nce(query, key, positives=positives, **given, **options)
+        return info_nce(
+            query,
+            key,
+            temperature=temperature,
+            positives=positives,
+            negatives=negatives,
+            hard_negatives=hard_negatives,
+            ignore=ignore,
+            in_batch=in_batch,
+            normalize=normalize,
+            reduction=reduction,
+        )
     check_temperature(temperature, 1, len(query))
-    found = candidates(query, key, positives=positives, normalize=normalize, **given)
+    found = candidates(
+        query,
+        key,
+        positives=positives,
+        negatives=negatives,
+        hard_negatives=hard_negatives,
+        ignore=ignore,
+        in_batch=in_batch,
+        normalize=normalize,
+    )
     noise, own = _noise(log_noise, negatives_log_noise, found, key, positives)
     assert isinstance(noise, Tensor) and own is not None
     # a key that is to be ignored counts where it is the positive

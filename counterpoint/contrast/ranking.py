@@ -1,7 +1,5 @@
 """Multiple negatives ranking, N-pair, and a relative whose targets come from the embeddings themselves."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -76,14 +74,18 @@ def n_pair(
     """
     if not l2 >= 0:
         raise InputError(f"l2 cannot be negative, got {l2}")
-    given: dict[str, Any] = {
-        "negatives": negatives,
-        "hard_negatives": hard_negatives,
-        "ignore": ignore,
-        "in_batch": in_batch,
-    }
-    options: dict[str, Any] = {"temperature": temperature, "normalize": normalize, "reduction": reduction}
-    loss = info_nce(query, key, positives=positives, **given, **options)
+    loss = info_nce(
+        query,
+        key,
+        temperature=temperature,
+        positives=positives,
+        negatives=negatives,
+        hard_negatives=hard_negatives,
+        ignore=ignore,
+        in_batch=in_batch,
+        normalize=normalize,
+        reduction=reduction,
+    )
     ready = unit if normalize else wide
     own = ready(key) if positives is None else ready(key)[positives]
     lengths = ready(query).square().sum(1) + own.square().sum(1)

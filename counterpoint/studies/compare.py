@@ -64,7 +64,7 @@ class Comparison:
         return {"shared": self.shared, "seeds": self.seeds, "rows": self.rows(), "environment": machine}
 
     def plot(self, path: str | Path) -> Path:
-        """Dots for every seed and a bar at the mean, one panel a protocol."""
+        """Dots for every seed and a bar at the mean, one panel a protocol, four side by side."""
         import matplotlib
 
         matplotlib.use("agg")
@@ -72,10 +72,14 @@ class Comparison:
 
         from counterpoint.atomic import writing
 
+        across = min(4, len(self.protocols))
+        down = -(-len(self.protocols) // across)
         figure, panels = pyplot.subplots(
-            1, len(self.protocols), figsize=(4.2 * len(self.protocols), 0.45 * len(self.names) + 1.6), squeeze=False
+            down, across, figsize=(4.2 * across, down * (0.45 * len(self.names) + 1.6)), squeeze=False
         )
-        for panel, protocol in zip(panels[0], self.protocols, strict=True):
+        for panel in panels.flat[len(self.protocols) :]:
+            panel.remove()
+        for panel, protocol in zip(panels.flat, self.protocols, strict=False):
             rows = [row for row in self.rows() if protocol in row]
             for height, row in enumerate(reversed(rows)):
                 values = row[protocol]["values"]
@@ -83,7 +87,7 @@ class Comparison:
                 panel.plot(values, [height] * len(values), "o", color="#2a6f97" if learned else "#9a9a9a", alpha=0.6)
                 panel.plot([row[protocol]["mean"]] * 2, [height - 0.3, height + 0.3], color="#222222", lw=1.5)
             panel.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
-            panel.set_xlabel(f"{protocol} (%)")
+            panel.set_xlabel(protocol)
             panel.grid(axis="x", alpha=0.25)
             panel.spines[["top", "right", "left"]].set_visible(False)
         figure.tight_layout()

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from counterpoint import contrast
 from counterpoint.contrast import Listed, Mask, Same, clip_loss, info_nce, nt_xent, operands, sigmoid_loss
-from counterpoint.contrast.kernels import blocked, executor, log_sum_exp, softmax_mean
+from counterpoint.contrast.kernels import blocked, executor, log_sum_exp, softmax_mean, softplus_sum
 from counterpoint.contrast.relation import Transposed, pack, unpack
 from counterpoint.errors import InputError
 
@@ -71,13 +72,96 @@ def test_kept_terms_change_nothing(itself, shape, columns, monkeypatch):
         torch.testing.assert_close(found, gradients(fresh, inputs))
 
 
-def test_only_small_batches_keep_and_only_for_a_backward_pass():
+def test_only_small_batches_keep_terms_and_only_for_a_backward_pass():
+    """With many keys the gradients are made ahead: what is kept then is as large as the operands that want one."""
     query = data(8, 3)
     scale = query.new_ones(())
-    for rows, keep, size in ((8, True, 64), (8, False, 0), (3000, True, 0)):
-        key = data(rows, 3) if rows == 8 else data(10**6, 3)
-        kept = blocked.forward(query, key, scale, None, None, False, keep)[2]
+    many = 10**6
+    for rows, keep, size in (
+        (8, "both", 64),
+        (8, "", 0),
+        (many, "", 0),
+        (many, "both", 8 * 4 + 3 * many),
+        (many, "query", 32),
+    ):
+        kept = blocked.forward(query, data(rows, 3), scale, None, None, False, keep)[2]
         assert (0 if kept is None else len(kept)) == size
+
+
+# Gradients that the forward pass makes ahead
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Bands of two rows, tiles of three columns; counts the tiles of logits."""
+    monkeypatch.setattr(operands, "SMALL", 0)
+    monkeypatch.setattr(blocked, "KEPT", 0)
+    monkeypatch.setattr(blocked, "BAND", 30)
+    monkeypatch.setitem(blocked.TILE, "cpu", (4, 3))
+    visited, logits = [], blocked._Tiles.logits
+    monkeypatch.setattr(blocked._Tiles, "logits", lambda *a: visited.append(a[1:]) or logits(*a))
+    return visited
+
+
+def held(form, query, key, temperature, without):
+    logits = query @ key.T / temperature
+    if form == "softplus":
+        return functional.softplus(logits - 0.3).sum(1)
+    return logits.masked_fill(without.holds(slice(0, len(query)), slice(0, len(key))), -torch.inf).logsumexp(1)
+
+
+def tiled(form, query, key, temperature, without):
+    if form == "softplus":
+        return softplus_sum(query, key, scale=1 / temperature, bias=-0.3)
+    return log_sum_exp(query, key, temperature=temperature, without=without)
+
+
+@pytest.mark.parametrize("form", ["log_sum_exp", "softplus"])
+@pytest.mark.parametrize("weights", ["mean", "different"])
+@pytest.mark.parametrize("of", ["both", "query", "key"])
+def test_gradients_made_ahead_are_those_of_plain_operations(form, weights, of, ahead):
+    query, key = data(9, 4), data(13, 4, seed=1)
+    temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    inputs = [x.requires_grad_() for name, x in (("query", query), ("key", key)) if of in (name, "both")]
+    weight = torch.full((9,), 1 / 9) if weights == "mean" else data(9, seed=2)
+    without = Listed(torch.arange(9))
+    expected = (held(form, query, key, temperature, without) * weight).sum()
+    found = (tiled(form, query, key, temperature, without) * weight).sum()
+    torch.testing.assert_close(found, expected)
+    seen = len(ahead)
+    assert seen == (5 if form == "log_sum_exp" else 3) * 5  # bands of two rows, tiles of four; five tiles across
+    for _ in range(2):  # what was kept survives
+        torch.testing.assert_close(
+            gradients(found, [*inputs, temperature]), gradients(expected, [*inputs, temperature])
+        )
+    recomputed = weights == "different" and of != "query"
+    assert len(ahead) - seen == (2 * 15 if recomputed else 0)
+
+
+def test_rows_without_a_pair_do_not_make_weights_unequal(ahead):
+    query, key = data(6, 4).requires_grad_(), data(5, 4, seed=1).requires_grad_()
+    nothing = torch.zeros(6, 5, dtype=torch.bool)
+    nothing[2] = True
+    rows = log_sum_exp(query, key, without=Mask(nothing))
+    assert rows[2] == -torch.inf
+    seen = len(ahead)
+    found = gradients(rows[rows > -torch.inf].mean(), [query, key])
+    assert len(ahead) == seen  # its weight is 0, that of the others a fifth
+    there = [0, 1, 3, 4, 5]
+    expected = gradients((query[there] @ key.T).logsumexp(1).mean(), [query, key])
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_gradient_is_made_ahead_where_none_is_wanted(ahead, monkeypatch):
+    def refused(*arguments):
+        raise AssertionError("gradients were made")
+
+    monkeypatch.setattr(blocked, "_Ahead", refused)
+    query, key = data(6, 4).requires_grad_(), data(5, 4, seed=1)
+    with torch.no_grad():
+        log_sum_exp(query, key)
+        softplus_sum(query, key)
+    log_sum_exp(query.detach(), key)
 
 
 # What small problems do instead of tiles
@@ -143,12 +227,15 @@ def test_checkpointing_recomputes_the_loss():
     torch.testing.assert_close(gradients(plain, (x, y)), gradients(again, (x, y)))
 
 
-def test_the_operator_keeps_the_rules_of_operators():
+@pytest.mark.parametrize("keep", ["", "both"])
+def test_the_operators_keep_the_rules_of_operators(keep):
     query, key = data(5, 3).requires_grad_(), data(7, 3, seed=1).requires_grad_()
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (2.0, -1.0))
+    operators, how = torch.ops.counterpoint, (keep, "blocked", "")
     for columns in (False, True):
-        arguments = (query, key, scale, None, "Listed", [torch.arange(5)[:, None]], columns, False, "blocked", "")
-        torch.library.opcheck(torch.ops.counterpoint.log_sum_exp.default, arguments)
+        arguments = (query, key, scale, None, "Listed", [torch.arange(5)[:, None]], columns, *how)
+        torch.library.opcheck(operators.log_sum_exp.default, arguments)
+    torch.library.opcheck(operators.softplus_sum.default, (query, key, scale, bias, *how))
 
 
 def test_an_unknown_executor_is_named():

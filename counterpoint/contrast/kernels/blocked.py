@@ -1,7 +1,10 @@
 """The executor in plain PyTorch, for every device: the similarity matrix is visited tile by tile and never held.
 
 The backward pass recomputes each tile, since ``d row_i / d l_ij = exp(l_ij - row_i)`` needs only the result. When the
-keys are the queries, each unordered pair of tiles is visited once and serves as a row tile and as a column tile.
+keys are the queries, each unordered pair of tiles is visited once and serves as a row tile and as a column tile. Where rows
+alone are reduced, a band of rows is complete before the next begins, so that its gradients are made at once and nothing is
+recomputed: that of the queries for whatever weights come, that of the keys for equal weights of all rows, as a mean or sum
+of rows gives. Other weights recompute the latter.
 
 Inside, logits are counted in bits (times log2 e): `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 """
@@ -18,6 +21,7 @@ from counterpoint.contrast.relation import Relation
 
 TILE = {"cpu": (512, 1024), "cuda": (4096, 8192)}  # rows, columns; a CPU tile lies in the second-level caches
 KEPT = 2**22  # so many terms are kept for the backward pass (16 MB): a small batch then computes them once
+BAND = 2**23  # so many terms of a band of rows wait for its sums (32 MB)
 PRODUCT = 10.0  # the product of eight terms up to exp(10) is a float32
 BITS, NATS = 1 / math.log(2), math.log(2)
 SAFE = 50.0  # logits up to this size need no shift: exp(50) times a billion is a float32, and so is its inverse
@@ -30,7 +34,7 @@ def forward(
     log_weight: Tensor | None,
     without: Relation | None,
     columns: bool,
-    keep: bool = False,
+    keep: str = "",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``row_i = log sum_j exp(scale <q_i, k_j> + w_j)`` over the pairs that count, and the same down the columns.
 
@@ -41,13 +45,16 @@ def forward(
         log_weight: ``[M]``, or None; with one there must be a key.
         without: pairs that do not count.
         columns: also reduce down the columns (without a key the columns are the rows).
-        keep: a backward pass follows.
+        keep: a backward pass follows, and wants the gradient of the "query" or of "both"; "" for none.
 
     Returns:
         ``row [N]`` and ``column [M]`` or None, -inf where no pair counts; and what `backward` may go on with, or None.
     """
     other, triangle = (query, True) if key is None else (key, False)
     tile = _Tiles(query, other, scale, log_weight, without, triangle)
+    if keep and tile.ahead(columns):
+        total, ahead = _forward_ahead(tile, keep)
+        return total, None, ahead
     kept = tile.keep() if keep else None
     start = 0.0 if tile.plain else -torch.inf
     row = query.new_full((len(query),), start)
@@ -93,10 +100,18 @@ def backward(
         want_key: False leaves out the gradient of a key, which saves a quarter of the work.
     """
     other, triangle = (query, True) if key is None else (key, False)
+    tile = _Tiles(query, other, scale, log_weight, without, triangle)
+    if kept is not None and tile.ahead(column is not None):
+        query_gradient, key_gradient, scale_gradient = _backward_ahead(tile, kept, row, row_gradient, want_key)
+        return (
+            query_gradient.mul_(scale),
+            None if key_gradient is None else key_gradient.mul_(scale),
+            scale_gradient,
+            None,
+        )
     query_gradient = torch.zeros_like(query)
     key_gradient = query_gradient if triangle else torch.zeros_like(other) if want_key else None
     weight_gradient = None if log_weight is None else torch.zeros_like(log_weight)
-    tile = _Tiles(query, other, scale, log_weight, without, triangle)
     tile.kept = kept
     across = _Share(row, row_gradient, tile)
     down = across if triangle else None if column is None else _Share(column, column_gradient, tile)
@@ -114,6 +129,66 @@ def backward(
     if key_gradient is not None and not triangle:
         key_gradient *= scale
     return query_gradient, None if triangle else key_gradient, scale_gradient, weight_gradient
+
+
+def _forward_ahead(tile: "_Tiles", keep: str) -> tuple[Tensor, Tensor]:
+    """Rows as in `forward`, and the gradients of their sum."""
+    query, key = tile.query, tile.other
+    ahead = _Ahead(query, key, query.new_zeros(_Ahead.size(query, key, keep)))
+    row = query.new_zeros(len(query))
+    for rows, band in tile.bands():
+        blocks = [tile.logits(rows, cols).exp2_() for _, cols in band]
+        for terms in blocks:
+            row[rows] += terms.sum(1)
+        share = row[rows, None].reciprocal().masked_fill_(row[rows, None] == 0, 0)
+        weighted = query[rows] * share
+        for terms, (_, cols) in zip(blocks, band, strict=True):
+            ahead.query[rows].addmm_(terms, key[cols])
+            if ahead.key is not None:
+                ahead.key[cols].addmm_(terms.T, weighted)
+        ahead.query[rows] *= share
+    return row.log_(), ahead.kept
+
+
+def _backward_ahead(
+    tile: "_Tiles", kept: Tensor, row: Tensor, gradient: Tensor, want_key: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of query, key and scale from what `_forward_ahead` kept."""
+    query, key = tile.query, tile.other
+    ahead = _Ahead(query, key, kept)
+    query_gradient = ahead.query * gradient[:, None]
+    scale_gradient = (query * query_gradient).sum()
+    key_gradient = ahead.key_gradient(gradient if tile.without is None else gradient[row != -torch.inf])
+    if want_key and key_gradient is None:
+        key_gradient, across = torch.zeros_like(key), _Share(row, gradient, tile)
+        for rows, cols in tile:
+            key_gradient[cols].addmm_(tile.shares(rows, cols, across, None).T, query[rows])
+    return query_gradient, key_gradient if want_key else None, scale_gradient
+
+
+class _Ahead:
+    """What a forward pass already knows of the gradients of the sum of its rows (without the factor `scale`), in one tensor.
+
+    Attributes:
+        query: ``[N, d]``, row by row: good for any weights of the rows.
+        bias: ``[N]``, as well.
+        key: ``[M, d]``, the sum over rows: good for equal weights alone. None where nobody asked for it.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, kept: Tensor):
+        self.kept = kept
+        by_query, self.bias, by_key = kept.split([query.numel(), len(query), len(kept) - query.numel() - len(query)])
+        self.query, self.key = by_query.view_as(query), by_key.view_as(key) if len(by_key) else None
+
+    @staticmethod
+    def size(query: Tensor, key: Tensor, keep: str) -> int:
+        return query.numel() + len(query) + (key.numel() if keep == "both" else 0)
+
+    def key_gradient(self, weights: Tensor) -> Tensor | None:
+        """Of the keys, where all rows weigh the same."""
+        if self.key is None or bool((weights != weights[:1]).any()):
+            return None
+        return self.key * weights[:1].sum()  # of no row at all: zeros
 
 
 def _tile(device: torch.device, triangle: bool) -> tuple[int, int]:
@@ -170,6 +245,21 @@ class _Tiles:
         self.buffer = query.new_empty(min(height, len(query)) * min(width, len(other)))
         self.kept: Tensor | None = None
         self.done = 0
+
+    def ahead(self, columns: bool) -> bool:
+        """Whether gradients are made band by band, in the forward pass."""
+        return self.plain and not self.triangle and not columns and len(self.query) * len(self.other) > KEPT
+
+    def bands(self) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+        """Rows, and their tiles, which lie side by side until the next rows."""
+        height, width = _tile(self.query.device, False)
+        n, m = len(self.query), len(self.other)
+        height = max(1, min(height, BAND // max(1, m)))
+        self.kept = self.query.new_empty(min(height, n) * m)
+        for top in range(0, n, height):
+            rows, self.done = slice(top, min(top + height, n)), 0
+            yield rows, [(rows, slice(left, min(left + width, m))) for left in range(0, m, width)]
+        self.kept = None
 
     def keep(self) -> Tensor | None:
         """Let the tiles lie side by side instead of one over the other, if they are few; where they lie."""
@@ -263,22 +353,37 @@ def mean_backward(
     return query_gradient.mul_(scale), key_gradient.mul_(scale), scale_gradient, weight_gradient
 
 
-def softplus_forward(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """``out_i = sum_j log(1 + exp(scale <q_i, k_j> + bias))``, ``[N]``."""
+def softplus_forward(
+    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, keep: str = ""
+) -> tuple[Tensor, Tensor | None]:
+    """``out_i = sum_j log(1 + exp(scale <q_i, k_j> + bias))``, ``[N]``; and what `softplus_backward` may go on with.
+
+    Args:
+        query, key: ``[N, d]`` and ``[M, d]``.
+        scale, bias: 0-d.
+        keep: as in `forward`.
+    """
     total = query.new_zeros(len(query))
     tile = _Tiles(query, key, scale, None, None, False, unit=BITS if query.device.type == "cpu" else 1.0)
     if not tile.on_cpu:
         for rows, cols in tile:
             total[rows] += functional.softplus(tile.logits(rows, cols).add_(bias)).sum(1)
-        return total
+        return total, None
     small = tile.largest + float(bias) < PRODUCT
+    ahead = _Ahead(query, key, query.new_zeros(_Ahead.size(query, key, keep))) if keep else None
     for rows, cols in tile:
         logits = tile.logits(rows, cols).add_(float(bias) * BITS)
+        if ahead is not None:
+            weight = logits.mul(NATS).sigmoid_()
+            ahead.query[rows].addmm_(weight, key[cols])
+            ahead.bias[rows] += weight.sum(1)
+            if ahead.key is not None:
+                ahead.key[cols].addmm_(weight.T, query[rows])
         if not small:  # softplus(l) = max(l, 0) + softplus(-|l|)
             total[rows] += logits.clamp(min=0).sum(1).mul_(NATS)
             logits.abs_().neg_()
         total[rows] += _log_product(logits.exp2_())
-    return total
+    return total, None if ahead is None else ahead.kept
 
 
 def _log_product(terms: Tensor) -> Tensor:
@@ -300,17 +405,38 @@ def _log_product(terms: Tensor) -> Tensor:
 
 
 def softplus_backward(
-    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, scale and bias from that of the row sums."""
-    query_gradient, key_gradient = torch.zeros_like(query), torch.zeros_like(key)
-    bias_gradient = torch.zeros_like(bias)
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    gradient: Tensor,
+    *,
+    kept: Tensor | None = None,
+    want_key: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of query, key, scale and bias from that of the row sums; `kept` and `want_key` as in `backward`."""
     tile = _Tiles(query, key, scale, None, None, False, unit=1.0)
     offset = float(bias) if tile.on_cpu else bias
-    for rows, cols in tile:
-        weight = tile.logits(rows, cols).add_(offset).sigmoid_().mul_(gradient[rows, None])
-        query_gradient[rows].addmm_(weight, key[cols])
-        key_gradient[cols].addmm_(weight.T, query[rows])
-        bias_gradient += weight.sum()
+
+    def weight(rows: slice, cols: slice) -> Tensor:
+        return tile.logits(rows, cols).add_(offset).sigmoid_().mul_(gradient[rows, None])
+
+    if kept is None:
+        query_gradient, bias_gradient = torch.zeros_like(query), torch.zeros_like(bias)
+        key_gradient = torch.zeros_like(key) if want_key else None
+        for rows, cols in tile:
+            part = weight(rows, cols)
+            query_gradient[rows].addmm_(part, key[cols])
+            bias_gradient += part.sum()
+            if key_gradient is not None:
+                key_gradient[cols].addmm_(part.T, query[rows])
+    else:
+        ahead = _Ahead(query, key, kept)
+        query_gradient, bias_gradient = ahead.query * gradient[:, None], (ahead.bias * gradient).sum()
+        key_gradient = ahead.key_gradient(gradient) if want_key else None
+        if want_key and key_gradient is None:
+            key_gradient = torch.zeros_like(key)
+            for rows, cols in tile:
+                key_gradient[cols].addmm_(weight(rows, cols).T, query[rows])
     scale_gradient = (query * query_gradient).sum()
-    return query_gradient * scale, key_gradient * scale, scale_gradient, bias_gradient
+    return query_gradient * scale, None if key_gradient is None else key_gradient * scale, scale_gradient, bias_gradient

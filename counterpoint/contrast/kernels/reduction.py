@@ -103,8 +103,7 @@ def log_sum_exp(
     """
     query, key, scale, log_weight = _operands(query, key, temperature, log_weight)
     name, precision = which(query, key, without, columns)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, scale, log_weight))
-    how = columns and key is not None, keep, name, precision
+    how = columns and key is not None, _keep(query, key, scale, log_weight), name, precision
     if torch.compiler.is_compiling():
         row, column, _ = _log_sum_exp(query, key, scale, log_weight, *pack(without), *how)
     else:
@@ -158,10 +157,17 @@ def softplus_sum(query: Tensor, key: Tensor, *, scale: float | Tensor = 1.0, bia
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(dtype), key.to(dtype)
     scale, bias = (torch.as_tensor(value, dtype=dtype, device=query.device).reshape(()) for value in (scale, bias))
-    how = which(query, key, None, False)
+    how = _keep(query, key, scale, bias), *which(query, key, None, False)
     if torch.compiler.is_compiling():
-        return _softplus_sum(query, key, scale, bias, *how)
+        return _softplus_sum(query, key, scale, bias, *how)[0]
     return _SoftplusSum.apply(query, key, scale, bias, *how)
+
+
+def _keep(query: Tensor, key: Tensor | None, *others: Tensor | None) -> str:
+    """Whether a backward pass follows, and wants the gradient of the "query" or of "both"; "" for none."""
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (query, key, *others)):
+        return ""
+    return "both" if key is not None and key.requires_grad else "query"
 
 
 def check(query: Tensor, key: Tensor | None, temperature: float | Tensor, log_weight: Tensor | None) -> None:
@@ -304,7 +310,7 @@ def _log_sum_exp(
     form: str,
     relation: Sequence[Tensor],
     columns: bool,
-    keep: bool,
+    keep: str,
     executor: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,65 +394,87 @@ def _gradients(ctx, row_gradient, column_gradient, _):
 _log_sum_exp.register_autograd(_gradients, setup_context=_remember)
 
 
-def softplus_forward(query, key, scale, bias, executor, precision) -> Tensor:
+def softplus_forward(query, key, scale, bias, keep, executor, precision) -> tuple[Tensor, Tensor | None]:
     with torch.autocast(query.device.type, enabled=False):
         if executor == "triton":
-            return _gpu().softplus_forward(_narrow(query, precision), _narrow(key, precision), scale, bias)
-        return blocked.softplus_forward(query, key, scale, bias)
+            return _gpu().softplus_forward(_narrow(query, precision), _narrow(key, precision), scale, bias), None
+        return blocked.softplus_forward(query, key, scale, bias, keep)
 
 
-def softplus_backward(query, key, scale, bias, gradient, executor, precision) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def softplus_backward(query, key, scale, bias, gradient, kept, want_key, executor, precision) -> Any:
+    """Gradients of query, key, scale and bias; None where there is none."""
     with torch.autocast(query.device.type, enabled=False):
         if executor == "triton":
             q, k = _narrow(query, precision), _narrow(key, precision)
             return _gpu().softplus_backward(q, k, scale, bias, gradient, dtype=query.dtype)
-        return blocked.softplus_backward(query, key, scale, bias, gradient)
+        return blocked.softplus_backward(query, key, scale, bias, gradient, kept=kept, want_key=want_key)
 
 
 class _SoftplusSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, scale, bias, *how):
-        ctx.save_for_backward(query, key, scale, bias)
+    def forward(ctx, query, key, scale, bias, keep, *how):
+        total, kept = softplus_forward(query, key, scale, bias, keep, *how)
+        ctx.save_for_backward(query, key, scale, bias, kept)
         ctx.how = how
-        return softplus_forward(query, key, scale, bias, *how)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        query, key, scale, bias = ctx.saved_tensors
-        executor, precision = ctx.how
-        return *softplus_backward(query, key, scale, bias, gradient, executor, precision), None, None
+        query, key, scale, bias, kept = ctx.saved_tensors
+        found = softplus_backward(query, key, scale, bias, gradient, kept, ctx.needs_input_grad[1], *ctx.how)
+        return *found, None, None, None
 
 
 @torch.library.custom_op("counterpoint::softplus_sum", mutates_args=())
-def _softplus_sum(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, executor: str, precision: str) -> Tensor:
-    return softplus_forward(query, key, scale, bias, executor, precision)
+def _softplus_sum(
+    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, keep: str, executor: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    total, kept = softplus_forward(query, key, scale, bias, keep, executor, precision)
+    return total, query.new_empty(0) if kept is None else kept
 
 
 @_softplus_sum.register_fake
-def _(query, key, scale, bias, executor, precision):
-    return query.new_empty(query.shape[0])
+def _(query, key, scale, bias, keep, executor, precision):
+    size = torch.library.get_ctx().new_dynamic_size() if keep and executor == "blocked" else 0
+    return query.new_empty(query.shape[0]), query.new_empty(size)
 
 
 @torch.library.custom_op("counterpoint::softplus_sum_backward", mutates_args=())
 def _softplus_sum_backward(
-    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, gradient: Tensor, executor: str, precision: str
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    gradient: Tensor,
+    kept: Tensor,
+    want_key: bool,
+    executor: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return softplus_backward(query, key, scale, bias, gradient, executor, precision)
+    known = kept if len(kept) else None
+    by_query, by_key, by_scale, by_bias = softplus_backward(
+        query, key, scale, bias, gradient, known, want_key, executor, precision
+    )
+    return by_query, query.new_empty(0) if by_key is None or not want_key else by_key, by_scale, by_bias
 
 
 @_softplus_sum_backward.register_fake
-def _(query, key, scale, bias, gradient, executor, precision):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(scale), torch.empty_like(bias)
+def _(query, key, scale, bias, gradient, kept, want_key, executor, precision):
+    by_key = torch.empty_like(key) if want_key else query.new_empty(0)
+    return torch.empty_like(query), by_key, torch.empty_like(scale), torch.empty_like(bias)
 
 
 def _remember_softplus(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.how = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.how = inputs[5:]
 
 
-def _softplus_gradients(ctx, gradient):
-    return *_softplus_sum_backward(*ctx.saved_tensors, gradient.contiguous(), *ctx.how), None, None
+def _softplus_gradients(ctx, gradient, _):
+    *operands, kept = ctx.saved_tensors
+    want_key = bool(ctx.needs_input_grad[1])
+    found = _softplus_sum_backward(*operands, gradient.contiguous(), kept, want_key, *ctx.how)
+    return *(x if want else None for x, want in zip(found, ctx.needs_input_grad, strict=False)), None, None, None
 
 
 _softplus_sum.register_autograd(_softplus_gradients, setup_context=_remember_softplus)

@@ -226,7 +226,7 @@ class _RingSoftplusSum(torch.autograd.Function):
 
         def visit(step: int, block: list[Tensor]) -> list[Tensor]:
             how = reduction.which(query, block[0], None, False)
-            total.add_(reduction.softplus_forward(query, block[0], scale, bias, *how))
+            total.add_(reduction.softplus_forward(query, block[0], scale, bias, "", *how)[0])
             return []
 
         _turn(ring, [key.contiguous()], visit, torch.add)
@@ -242,7 +242,8 @@ class _RingSoftplusSum(torch.autograd.Function):
 
         def visit(step: int, block: list[Tensor]) -> list[Tensor]:
             how = reduction.which(query, block[0], None, False)
-            by_query, by_key, *shared = reduction.softplus_backward(query, block[0], scale, bias, gradient, *how)
+            known = (query, block[0], scale, bias, gradient, None, True)
+            by_query, by_key, *shared = reduction.softplus_backward(*known, *how)
             for total, found in zip(own, (by_query, *shared), strict=True):
                 total.add_(found)
             return [by_key]
@@ -320,7 +321,7 @@ def _block(query: Tensor, key: Tensor | None, log_weight: Tensor | None) -> list
 def _forward(query, key, scale, log_weight, without, columns) -> tuple[Tensor, Tensor | None]:
     """Row and column log-sum-exp of one rectangle (without a key: of the triangle), by the executor that fits it."""
     name, _ = reduction.which(query, key, without, columns)
-    row, column, _ = reduction.forward(query, key, scale, log_weight, without, columns, False, name, "")
+    row, column, _ = reduction.forward(query, key, scale, log_weight, without, columns, "", name, "")
     return row, column
 
 
