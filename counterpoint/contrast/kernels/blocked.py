@@ -156,9 +156,13 @@ def _backward_ahead(
     """Gradients of query, key and scale from what `_forward_ahead` kept."""
     query, key = tile.query, tile.other
     ahead = _Ahead(query, key, kept)
+    counted = gradient
+    if tile.without is not None:
+        empty = row == -torch.inf
+        counted, gradient = gradient[~empty], gradient.masked_fill(empty, 0)
+    key_gradient = ahead.key_gradient(counted)
     query_gradient = ahead.query * gradient[:, None]
     scale_gradient = (query * query_gradient).sum()
-    key_gradient = ahead.key_gradient(gradient if tile.without is None else gradient[row != -torch.inf])
     if want_key and key_gradient is None:
         key_gradient, across = torch.zeros_like(key), _Share(row, gradient, tile)
         for rows, cols in tile:
