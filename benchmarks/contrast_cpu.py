@@ -73,6 +73,8 @@ def main() -> None:
         form, name, n, d = options.cell
         print(json.dumps(cell(form, name, int(n), int(d), options.seconds)))
         return
+    if options.keep and not Path(options.out).is_file():
+        parser.error(f"--keep goes on with the file of an earlier run, and there is no {options.out}")
     sizes, dims = ([int(x) for x in text.split(",")] for text in (options.sizes, options.dims))
     rows: list[dict[str, Any]] = []
     for form in options.forms.split(","):

@@ -4,7 +4,6 @@
   examples do) and NTXentLoss, in a bare loop. ``simclr resnet18``: the same with a ResNet-18 whose stem suits small images.
 - ``simcse``: unsupervised SimCSE with the first layers of a sentence encoder; sentence-transformers'
   MultipleNegativesRankingLoss on (sentence, sentence) pairs through its own tokenising and collating, in a bare loop.
-
 - ``embed``: embeddings per second of the sentence encoder beside SentenceTransformer.encode, and of a ResNet-18 on images of 96
   pixels beside a plain loop over the same timm model.
 

@@ -134,7 +134,7 @@ def backward(
 def _forward_ahead(tile: "_Tiles", keep: str) -> tuple[Tensor, Tensor]:
     """Rows as in `forward`, and the gradients of their sum."""
     query, key = tile.query, tile.other
-    ahead = _Ahead(query, key, query.new_zeros(_Ahead.size(query, key, keep)))
+    ahead = _Ahead.zeros(query, key, keep)
     row = query.new_zeros(len(query))
     for rows, band in tile.bands():
         blocks = [tile.logits(rows, cols).exp2_() for _, cols in band]
@@ -184,9 +184,10 @@ class _Ahead:
         by_query, self.bias, by_key = kept.split([query.numel(), len(query), len(kept) - query.numel() - len(query)])
         self.query, self.key = by_query.view_as(query), by_key.view_as(key) if len(by_key) else None
 
-    @staticmethod
-    def size(query: Tensor, key: Tensor, keep: str) -> int:
-        return query.numel() + len(query) + (key.numel() if keep == "both" else 0)
+    @classmethod
+    def zeros(cls, query: Tensor, key: Tensor, keep: str) -> "_Ahead":
+        size = query.numel() + len(query) + (key.numel() if keep == "both" else 0)
+        return cls(query, key, query.new_zeros(size))
 
     def key_gradient(self, weights: Tensor) -> Tensor | None:
         """Of the keys, where all rows weigh the same."""
@@ -374,7 +375,7 @@ def softplus_forward(
             total[rows] += functional.softplus(tile.logits(rows, cols).add_(bias)).sum(1)
         return total, None
     small = tile.largest + float(bias) < PRODUCT
-    ahead = _Ahead(query, key, query.new_zeros(_Ahead.size(query, key, keep))) if keep else None
+    ahead = _Ahead.zeros(query, key, keep) if keep else None
     for rows, cols in tile:
         logits = tile.logits(rows, cols).add_(float(bias) * BITS)
         if ahead is not None:
