@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from counterpoint.data import sources, texts
+from counterpoint.data.negation import denies
 from counterpoint.data.texts import Texts, classed
 from counterpoint.errors import InputError
 
@@ -113,6 +114,12 @@ def sst2() -> tuple[dict[str, list[Row]], tuple[str, ...]]:
     return parts, names
 
 
+def sst2_negations() -> tuple[dict[str, list[Row]], tuple[str, ...]]:
+    """Those of `sst2` that deny something ("not", "never", "doesn't"): a tenth in training, a fifth in dev and test."""
+    parts, names = sst2()
+    return {split: [row for row in rows if denies(row[0])] for split, rows in parts.items()}, names
+
+
 def brown() -> tuple[dict[str, list[Row]], tuple[str, ...]]:
     """Sentences of the Brown corpus by the kind of text that they stand in."""
     said = {
@@ -148,6 +155,7 @@ MAKERS: dict[str, Callable[[], tuple[dict[str, list[Row]], tuple[str, ...]]]] = 
     "trec": trec,
     "subj": subj,
     "sst2": sst2,
+    "sst2-negations": sst2_negations,
     "brown-genres": brown,
 }
 """(rows of each split, names of the classes) of every set by its name; a row is a text and the names of its classes."""

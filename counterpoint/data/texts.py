@@ -602,7 +602,7 @@ def _labelled(name: str) -> Callable[[str], Texts]:
 
 
 PAIRS = "-pairs"
-LABELLED = ("arxiv-titles", "arxiv-abstracts", "trec", "subj", "sst2", "brown-genres")
+LABELLED = ("arxiv-titles", "arxiv-abstracts", "trec", "subj", "sst2", "sst2-negations", "brown-genres")
 """Sets whose texts have classes with names; see `counterpoint.data.labelled`."""
 JUDGED = ("cola", "mrpc", "rte", "sick-e")
 """Sets whose sentences or pairs have a class as whole; see `counterpoint.data.classes`."""

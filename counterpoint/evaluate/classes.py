@@ -1,19 +1,27 @@
-"""Texts with classes: what a classifier that was trained together with its encoder says of rows it has not learned from."""
+"""Texts with classes: what a classifier says of rows it has not learned from, one that was trained together with its encoder
+or a linear one on frozen embeddings."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from counterpoint.data import texts
+from counterpoint.data.images import stratified
 from counterpoint.errors import InputError
-from counterpoint.evaluate.protocols import Result, own_classifier
+from counterpoint.evaluate.protocols import Result, linear_probe, own_classifier
+from counterpoint.evaluate.texts import Encode, unit_vectors
 
 log = logging.getLogger("counterpoint")
+
+LINEAR = "linear-text"
+PROBED = 5000
+"""Most rows that a linear classifier is fitted to."""
 
 
 def tuned(method: Any, items: texts.Sentences, *, name: str = "fine-tune", subject: str = "") -> Result:
@@ -101,3 +109,79 @@ def validation_rows(method: Any, data: Any, *, limit: int | None, seed: int) -> 
     raise InputError(
         "validate needs rows that training does not see: hold a share out (--held_out 0.1), or leave validate out"
     )
+
+
+# ---- frozen embeddings ---------------------------------------------------------------------------------------------------
+
+
+def linear_text(
+    encode: Encode, train: texts.Texts, test: texts.Texts, *, name: str = LINEAR, seed: int = 0, subject: str = ""
+) -> Result:
+    """Accuracy of a linear classifier on frozen embeddings of texts: protocol `linear-text`.
+
+    `counterpoint.evaluate.linear_probe` on unit vectors; of rows of two sentences on :math:`|u - v|` and :math:`u v`, side by
+    side. Of several classes of a row the first counts.
+
+    Args:
+        encode: the encoder.
+        train, test: rows with classes; of more than `PROBED` training rows a seeded random subset is taken.
+        name: of the protocol, with the data if they are no run's own.
+        seed: of that subset, and of the probe's validation split.
+        subject: for the record.
+
+    Raises:
+        InputError: rows without classes, parts of other forms, and as `linear_probe`.
+
+    Source: SentEval, Conneau and Kiela 2018 (LREC; arXiv 1803.05449), whose classifier chooses its strength by ten folds.
+    """
+    if train.first_class is None or test.first_class is None:
+        raise InputError(f"{test.name} has no labels: {LINEAR} needs a column label beside the texts")
+    if train.columns.keys() != test.columns.keys():
+        raise InputError(f"{train.name} and {test.name} must have as many texts in a row")
+    if len(train) > PROBED:
+        train = train.subset(np.random.default_rng(seed).permutation(len(train))[:PROBED])
+    x, y = (_features(encode, rows) for rows in (train, test))
+    assert train.first_class is not None
+    result = linear_probe(x, train.first_class, y, test.first_class, seed=seed, subject=subject)
+    result.detail["chance"] = 100 * float(np.bincount(test.first_class).max()) / len(test)
+    return replace(result, protocol=name)
+
+
+def _features(encode: Encode, rows: texts.Texts) -> np.ndarray:
+    columns = [unit_vectors(encode([*column]), len(rows)) for column in rows.columns.values()]
+    if len(columns) == 1:
+        return columns[0]
+    first, second = columns[:2]
+    return np.concatenate([np.abs(first - second), first * second], 1)
+
+
+def measure_linear(
+    subjects: Sequence[tuple[str, Encode]], source: Any, names: Sequence[str], *, seed: int = 0
+) -> Iterator[Result]:
+    """Protocol `linear-text` on every subject: of `source`, or of the named sets (``linear-text:trec``).
+
+    Args:
+        subjects: what to measure, encoders by what they are called.
+        source: a known set, or texts with labels of which a fifth of each class is held out here.
+        names: protocols.
+        seed: as in `linear_text`.
+
+    Raises:
+        InputError: texts without classes.
+    """
+    for name in names:
+        data = name.partition(":")[2] or source
+        if isinstance(data, str) and data in texts.CLASSIFIED:
+            train, test, note = texts.load(data, "train"), texts.load(data, "test"), ""
+        else:
+            rows, note = texts.load(data, classes=True), "held out by us: a fifth of the rows"
+            if rows.first_class is None:
+                raise InputError(
+                    f"{data} has no labels: {LINEAR} needs a column label, or name a set as in {LINEAR}:sst2"
+                )
+            train, test = (rows.subset(at) for at in stratified(torch.from_numpy(rows.first_class), 0.2))
+        for subject, encode in subjects:
+            result = linear_text(encode, train, test, name=name, seed=seed, subject=subject)
+            if note:
+                result.detail["note"] = note
+            yield result

@@ -97,7 +97,9 @@ def evaluate(
             asked_search = [name for name in protocols or () if name.partition(":")[0] == code.CODE_SEARCH]
             asked_labels = [name for name in protocols or () if name.partition(":")[0] in labels.PROTOCOLS]
             own = trained.classification
-            others = [name for name in protocols or () if name not in (*asked_pairs, *asked_search, *asked_labels, own)]
+            asked_linear = [name for name in protocols or () if name.partition(":")[0] == classes.LINEAR]
+            elsewhere = {*asked_pairs, *asked_search, *asked_labels, *asked_linear, own}
+            others = [name for name in protocols or () if name not in elsewhere]
             unseen = data is not None and not (isinstance(data, str | Path) and _place(data) == config["data"])
             options = {"own": unseen, "bag": not trained_only}
             if own is not None and wanted(own, protocols):
@@ -111,6 +113,7 @@ def evaluate(
             if everything or asked_labels:
                 options |= {"own": unseen or not trained.uses_labels, "trained_on": config["data"]}
                 found += labels.measure(subjects, source, asked_labels or None, **options)
+            found += classes.measure_linear(encoders, source, asked_linear)
             if others or (everything and not (data is not None and found)):
                 found += texts.measure(encoders, others or None)
         case "histories":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,48 +16,6 @@ SIMILARITIES = 2**25
 """So many similarities are held at once while neighbours are looked for."""
 SAMPLED = 2**22
 """Similarities of which quantiles are taken."""
-
-
-def repeat_words(words: list[str], generator: torch.Generator | None = None, *, rate: float = 0.1) -> list[str]:
-    """Some words are said twice, a share `rate` of them but at least one."""
-    count = max(1, round(rate * len(words)))
-    twice = set(torch.randperm(len(words), generator=generator)[:count].tolist())
-    return [word for i, word in enumerate(words) for _ in range(1 + (i in twice))]
-
-
-def delete_words(words: list[str], generator: torch.Generator | None = None, *, rate: float = 0.1) -> list[str]:
-    count = min(len(words) - 1, max(1, round(rate * len(words))))
-    out = set(torch.randperm(len(words), generator=generator)[:count].tolist())
-    return [word for i, word in enumerate(words) if i not in out]
-
-
-def swap_words(words: list[str], generator: torch.Generator | None = None) -> list[str]:
-    if len(words) < 2:
-        return words
-    a, b = torch.randperm(len(words), generator=generator)[:2].tolist()
-    changed = list(words)
-    changed[a], changed[b] = words[b], words[a]
-    return changed
-
-
-REWORDINGS: dict[str, Callable[[list[str], torch.Generator | None], list[str]]] = {
-    "repeat": repeat_words,
-    "delete": delete_words,
-    "swap": swap_words,
-}
-"""Ways to say a sentence with other words, by name."""
-
-
-def reword(sentences: Sequence[str], name: str, generator: torch.Generator | None = None) -> list[str]:
-    """Each sentence reworded; words are what white space separates.
-
-    Args:
-        sentences: sentences.
-        name: one of `REWORDINGS`.
-        generator: source of the draws.
-    """
-    change = REWORDINGS[name]
-    return [" ".join(change(sentence.split(), generator)) for sentence in sentences]
 
 
 @dataclass

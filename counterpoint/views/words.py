@@ -1,4 +1,4 @@
-"""Views of text as words: easy data augmentation, whose sentences keep their label, and words of like meaning.
+"""Views of text as words: rewordings, easy data augmentation, whose sentences keep their label, and words of like meaning.
 
 Words are what white space separates. Everything is drawn from a generator, so that a seed gives the same copies again.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from counterpoint.data.negation import affirmed
 from counterpoint.data.texts import read_lines
 from counterpoint.errors import InputError
 
@@ -47,7 +48,7 @@ def insert_words(words: Sequence[str], count: int, similar: Similar, generator: 
     return found
 
 
-def swap_words(words: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+def swap_words(words: Sequence[str], count: int, generator: torch.Generator | None) -> list[str]:
     """`count` times, two random words change places."""
     found = list(words)
     for _ in range(count if len(found) > 1 else 0):
@@ -60,6 +61,57 @@ def delete_words(words: Sequence[str], rate: float, generator: torch.Generator) 
     """Each word is left out with probability `rate`; where none would be left, a random one stays."""
     draw = torch.rand(len(words), generator=generator)
     return [word for word, x in zip(words, draw.tolist(), strict=True) if x >= rate] or [_one(words, generator)]
+
+
+def leave_out(words: Sequence[str], rate: float, generator: torch.Generator | None = None) -> list[str]:
+    """A share `rate` of the words is missing: at least one, never all."""
+    count = min(len(words) - 1, max(1, round(rate * len(words))))
+    out = {*torch.randperm(len(words), generator=generator)[:count].tolist()}
+    return [word for i, word in enumerate(words) if i not in out]
+
+
+def repeat_words(words: Sequence[str], rate: float, generator: torch.Generator | None = None) -> list[str]:
+    """A share `rate` of the words is said twice: at least one."""
+    count = max(1, round(rate * len(words)))
+    twice = {*torch.randperm(len(words), generator=generator)[:count].tolist()}
+    return [word for i, word in enumerate(words) for _ in range(1 + (i in twice))]
+
+
+def drop_negations(words: Sequence[str]) -> list[str]:
+    """The sentence without its negations ("don't go" and "do not go" become "do go"); one that is nothing else stays."""
+    return [left for word in words if (left := affirmed(word))] or [*words]
+
+
+Rewording = Callable[[Sequence[str], float, "torch.Generator | None"], list[str]]
+REWORDINGS: dict[str, Rewording] = {
+    "repeat": repeat_words,
+    "delete": leave_out,
+    "swap": lambda words, rate, generator: swap_words(words, 1, generator),
+    "negation": lambda words, rate, generator: drop_negations(words),
+}
+"""Ways to say a sentence with other words, by name; each takes words, the share of them to change, and a generator. "swap"
+lets two words change places, "negation" leaves out the words that deny, which turns the meaning around; both know no share."""
+
+
+def reword(
+    sentences: Sequence[str], name: str, generator: torch.Generator | None = None, *, rate: float = 0.1
+) -> list[str]:
+    """Each sentence reworded; words are what white space separates.
+
+    Args:
+        sentences: sentences.
+        name: one of `REWORDINGS`.
+        generator: source of the draws.
+        rate: share of words that change.
+
+    Raises:
+        InputError: no such rewording, or a share that does not lie between 0 and 1.
+    """
+    if name not in REWORDINGS:
+        raise InputError(f'no rewording named "{name}"; there are {", ".join(REWORDINGS)}')
+    if not 0 < rate < 1:
+        raise InputError(f"the share of words that a rewording changes lies between 0 and 1, not {rate}")
+    return [" ".join(REWORDINGS[name](sentence.split(), rate, generator)) for sentence in sentences]
 
 
 OPERATORS = ("replace", "insert", "swap", "delete")

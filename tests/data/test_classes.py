@@ -122,3 +122,21 @@ def test_rows_with_classes_are_neither_positives_nor_labelled_pairs(glue):
     with pytest.raises(InputError, match="are not of one form and cannot be the domains of one set"):
         texts.load("sst2+sst2".replace("+sst2", "+rte"))
     assert np.array_equal(texts.load("rte").subset([1]).first_class, [1])
+
+
+def test_texts_that_deny_are_a_set_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "glue").mkdir()
+    lines = [
+        "split,label,sentence",
+        "train,0,not good",
+        "train,1,good",
+        "train,1,isn't bad",
+        "dev,0,never",
+        "test,1,no lie",
+        "test,0,lie",
+    ]
+    (tmp_path / "glue" / "sst2.csv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    monkeypatch.setenv("COUNTERPOINT_DATA", str(tmp_path))
+    rows = texts.load("sst2-negations")
+    assert rows.columns["anchor"] == ["not good", "isn't bad"] and rows.first_class.tolist() == [0, 1]
+    assert texts.load("sst2-negations", "test").columns["anchor"] == ["no lie"]

@@ -5,8 +5,9 @@ import pytest
 import torch
 from sklearn.metrics import silhouette_score
 
+from counterpoint.data import texts
 from counterpoint.errors import InputError
-from counterpoint.evaluate.classes import measure, tuned
+from counterpoint.evaluate.classes import linear_text, measure, measure_linear, tuned
 from counterpoint.evaluate.protocols import own_classifier, separation
 from counterpoint.methods.language.fine_tuning_text import FineTuningText
 
@@ -67,3 +68,62 @@ def test_rows_must_have_classes_that_the_model_knows():
         [*measure({"trained": method}, {"sentence": ["a", "b"]}, other=True)]
     with pytest.raises(InputError, match="has the class 4, but there are 2, from 0"):
         [*measure({"trained": method}, {"sentence": ["a", "b"], "label": ["0", "4"]}, other=True)]
+
+
+# ---- frozen embeddings ---------------------------------------------------------------------------------------------------
+
+
+def spelled(sentences):
+    """Counts of letters: what it embeds can be reasoned about."""
+    return np.array([[s.count(letter) for letter in "abcdef"] for s in sentences], np.float32)
+
+
+def rows_of(columns, label):
+    return texts.load({**columns, "label": label}, classes=True)
+
+
+def letters(n, seed):
+    """Rows of two letters each, class 1 where there is an a."""
+    random = np.random.default_rng(seed)
+    sentences = ["".join(random.choice([*"bcdef"], 40)) + "a" * 5 * (i % 2) + str(seed * n + i) for i in range(n)]
+    return rows_of({"sentence": sentences}, [str(i % 2) for i in range(n)])
+
+
+def test_what_an_embedding_says_linearly_is_read():
+    train, test = letters(80, 1), letters(60, 2)
+    found = linear_text(spelled, train, test, subject="letters")
+    assert found.value == 100 and found.n == 60 and found.subject == "letters" and found.detail["chance"] == 50
+    blind = linear_text(lambda s: spelled(s)[:, 1:] * 0 + 1, train, test)
+    assert blind.value == 50
+
+
+def test_pairs_are_read_by_difference_and_product():
+    random = np.random.default_rng(0)
+
+    def pairs(n):
+        first = ["".join(random.choice([*"abcdef"], 12)) + str(random.random()) for _ in range(n)]
+        second = [x if i % 2 else "".join(random.choice([*"abcdef"], 12)) + str(i) for i, x in enumerate(first)]
+        return rows_of(
+            {"sentence1": first, "sentence2": [f"{x} {i}" for i, x in enumerate(second)]},
+            [str(i % 2) for i in range(n)],
+        )
+
+    found = linear_text(spelled, pairs(200), pairs(100))
+    assert found.value > 90  # neither sentence alone says whether both are the same
+    with pytest.raises(InputError, match="as many texts in a row"):
+        linear_text(spelled, pairs(20), letters(20, 0))
+
+
+def test_a_part_of_a_file_is_held_out(tmp_path):
+    rows = letters(50, 3)
+    table = {"sentence": [*rows.columns["anchor"]], "label": [str(c) for c in rows.first_class]}
+    (found,) = measure_linear([("trained", spelled)], table, ["linear-text"])
+    assert found.n == 10 and found.value == 100 and "held out by us" in found.detail["note"]
+    with pytest.raises(InputError, match="has no labels"):
+        list(measure_linear([("trained", spelled)], ["a", "b"], ["linear-text"]))
+
+
+def test_few_of_many_rows_are_fitted(monkeypatch):
+    monkeypatch.setattr("counterpoint.evaluate.classes.PROBED", 30)
+    found = linear_text(spelled, letters(80, 1), letters(60, 2))
+    assert found.detail["train"] == 30

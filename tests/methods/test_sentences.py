@@ -67,6 +67,30 @@ def test_without_dropout_both_copies_are_the_same():
     torch.testing.assert_close(query, key)
 
 
+def test_the_positive_can_be_reworded():
+    said = ["it is not hot", "she never sings", "a dog ran"]
+    method = build(rewording="negation")
+    batch = batch_of(method, said, rows=3)
+    pairs = [("it is not hot", "it is hot"), ("she never sings", "she sings"), ("a dog ran", "a dog ran")]
+    plain = batch_of(build(), pairs, 3)
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+    assert torch.equal(batch["positive_input_ids"], plain["positive_input_ids"])
+    few, many = (build(rewording="delete", rewording_rate=rate).read(SENTENCES) for rate in (0.1, 0.6))
+    assert many.ids["positive"].lengths.sum() < few.ids["positive"].lengths.sum() < few.ids["anchor"].lengths.sum()
+    words = build(rewording="delete")
+    one, same, other = (words.read(SENTENCES, seed=seed).ids["positive"].flat.tolist() for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_rewording_is_refused_where_it_has_no_place():
+    with pytest.raises(InputError, match="has positives of its own"):
+        build(rewording="delete").read([("a b", "c d"), ("e f", "g h")])
+    with pytest.raises(InputError, match="ESimCSE makes its own pairs"):
+        build(ESimCSE, rewording="delete")
+    with pytest.raises(InputError, match=r"between 0 and 1, not 1\.5"):
+        build(rewording="delete", rewording_rate=1.5)
+
+
 def test_the_data_decide_pairs_and_hard_negatives():
     method = build(dropout=0.0)
     triples, pairs = batch_of(method, TRIPLES), batch_of(method, [row[:2] for row in TRIPLES])

@@ -5,17 +5,21 @@ from collections import Counter
 import pytest
 import torch
 
+from counterpoint.data.negation import denies
 from counterpoint.encoders.text import byte_tokenizer
 from counterpoint.errors import InputError
 from counterpoint.views.words import (
     EDA,
+    REWORDINGS,
     core,
     delete_words,
     dressed,
+    drop_negations,
     insert_words,
     looked_up,
     neighbours,
     replace_words,
+    reword,
     swap_words,
     synonyms_of,
 )
@@ -59,6 +63,44 @@ def test_swaps_change_the_order_only():
         found = swap_words(WORDS, 1, seeded(seed))
         assert sorted(found) == sorted(WORDS) and changed(found) in (0, 2)  # 0 where both are the same word
     assert swap_words(["alone"], 3, seeded()) == ["alone"]
+
+
+@pytest.mark.parametrize("name", REWORDINGS)
+def test_rewordings_change_little_and_are_seeded(name):
+    long = " ".join([*(f"w{i}" for i in range(19)), "not"])
+    one, again = (reword([long, "word"], name, seeded(3)) for _ in range(2))
+    assert one == again and one[1].split()[0] == "word"
+    words = one[0].split()
+    assert words != long.split() and {*words} <= {*long.split()}
+    assert len(words) == {"repeat": 22, "delete": 18, "swap": 20, "negation": 19}[name]
+
+
+def test_rewordings_change_the_share_that_is_asked_for():
+    long = " ".join(f"w{i}" for i in range(20))
+    assert len(reword([long], "delete", seeded(), rate=0.5)[0].split()) == 10
+    assert len(reword([long], "repeat", seeded(), rate=0.5)[0].split()) == 30
+    assert reword(["a b"], "delete", seeded(), rate=0.99)[0] in ("a", "b")
+    with pytest.raises(InputError, match="no rewording named"):
+        reword([long], "invert")
+    with pytest.raises(InputError, match="between 0 and 1, not 1"):
+        reword([long], "delete", rate=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("do n't go", "do go"),
+        ("I DON'T like it .", "I do like it ."),
+        ("It is not, never, good", "It is good"),
+        ("they can\u2019t and cannot and wo n't", "they can and can and wo"),
+        ("without them we won't", "them we will"),
+        ("a knot of notes", "a knot of notes"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_negations_are_left_out_and_nothing_else_is(said, left):
+    assert " ".join(drop_negations(said.split())) == left
+    assert denies(said) == (said != "a knot of notes")
 
 
 def test_deletion_takes_its_share_and_leaves_a_word():

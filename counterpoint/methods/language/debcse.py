@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from counterpoint.data.surface import SURFACES, Surface, numbered_words
 from counterpoint.encoders import TextEncoder
 from counterpoint.errors import InputError
 from counterpoint.memory import MomentumEncoder
-from counterpoint.memory.candidates import REWORDINGS, Pools, VariedSentences, make_pools, reword
+from counterpoint.memory.candidates import Pools, VariedSentences, make_pools
 from counterpoint.methods.language.simcse import SimCSE, columns
 from counterpoint.train.method import Batch
 from counterpoint.train.start import earlier_encoder, take_over
+from counterpoint.views.words import reword
 
 Rewording = Literal["repeat", "delete", "swap"]
 
@@ -119,8 +120,8 @@ class DebCSE(SimCSE):
             raise InputError(f"a pool of {pool} has no {hard_negatives} hard negatives")
         if surface not in SURFACES or thresholds not in ("quantile", "cosine"):
             raise InputError(f'surface is one of {", ".join(SURFACES)} and thresholds "quantile" or "cosine"')
-        if unknown := [name for name in rewordings if name not in REWORDINGS]:
-            raise InputError(f'no rewording named "{unknown[0]}"; there are {", ".join(REWORDINGS)}')
+        if unknown := [name for name in rewordings if name not in get_args(Rewording)]:
+            raise InputError(f'no rewording named "{unknown[0]}"; there are {", ".join(get_args(Rewording))}')
         if negative_to >= positive_from:
             raise InputError(
                 f"positive_from ({positive_from}) must lie above negative_to ({negative_to}): no sentence is both"

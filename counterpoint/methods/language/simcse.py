@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from counterpoint.memory.mined import MinedNegatives, Mining
 from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.views.text import stack
+from counterpoint.views.words import reword
 
 
 class SimCSE(Method):
@@ -62,6 +63,9 @@ class SimCSE(Method):
         heads: several train-only layers, by name ("several", "amcl"); see `counterpoint.encoders.several`.
         mined: hard negatives from an index of all sentences that is renewed from time to time, by name ("ance",
             "ance-filtered"); see `counterpoint.memory.mined`.
+        rewording: how the words of the positive differ, by name ("delete", "repeat", "swap", "negation"); see
+            `counterpoint.views.words`. Each sentence has one reworded copy, the same in every epoch; None is dropout alone.
+        rewording_rate: share of the words that it changes.
     """
 
     family = "sentences"
@@ -85,6 +89,8 @@ class SimCSE(Method):
         mixing: tuple[Mixing, ...] = (),
         heads: Heads | None = None,
         mined: Mining | None = None,
+        rewording: Literal["delete", "repeat", "swap", "negation"] | None = None,
+        rewording_rate: float = 0.1,
     ):
         super().__init__()
         self.encoder = text(encoder, pooling=pooling, layers=layers, dropout=dropout)
@@ -106,6 +112,11 @@ class SimCSE(Method):
         if mined is not None and not takes_negatives(self.objective):
             raise InputError(f"mined negatives need an objective that takes them, such as info_nce, not {objective}")
         self.mined = None if mined is None else MinedNegatives(mined)
+        if rewording is not None and not self.reads_pairs:
+            raise InputError(f"{type(self).__name__} makes its own pairs of single sentences: leave rewording out")
+        if rewording is not None:
+            reword([], rewording, rate=rewording_rate)  # what it cannot do is said now
+        self.rewording, self.rewording_rate = rewording, rewording_rate
 
     def read(
         self, data: Any, split: str = "train", *, limit: int | None = None, seed: int = 0, resident: bool | None = None
@@ -116,7 +127,20 @@ class SimCSE(Method):
         rows = self.used(texts.load(data, split))
         if limit is not None and limit < len(rows):
             rows = rows.subset(chosen(len(rows), limit, seed).tolist())
+        if self.rewording is not None:
+            rows = self.reworded(rows, seed)
         return self.tokenised(rows)
+
+    def reworded(self, rows: texts.Texts, seed: int) -> texts.Texts:
+        """Single sentences with a reworded copy of each as its positive."""
+        if len(rows.columns) > 1:
+            raise InputError(
+                f"{rows.name} has positives of its own: rewording makes them of single sentences, leave it out"
+            )
+        anchor = rows.columns["anchor"]
+        generator = torch.Generator().manual_seed(seed)
+        positive = reword(anchor, str(self.rewording), generator, rate=self.rewording_rate)
+        return replace(rows, columns={"anchor": anchor, "positive": positive})
 
     def tokenised(self, rows: texts.Texts) -> texts.Sentences:
         """The rows as items to train on."""
