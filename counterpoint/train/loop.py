@@ -20,7 +20,7 @@ from counterpoint.train.callbacks import Checkpointer, FiniteLoss, Position, Pro
 from counterpoint.train.checkpoint import SafeCheckpointIO, load_state
 from counterpoint.train.chunks import in_chunks
 from counterpoint.train.method import Diverged, Method, checked
-from counterpoint.train.optimise import Optimisation
+from counterpoint.train.optimise import Optimisation, bytes_of_training
 from counterpoint.train.run import Run, describe, environment, make_folder, next_folder
 
 log = logging.getLogger("counterpoint")
@@ -291,6 +291,7 @@ def _check(method: Method, items: Any, options: dict[str, Any]) -> None:
         _check_classes(method, items)
     if not method.automatic_optimization and (accumulate > 1 or options["clip"] is not None):
         raise InputError(f"{type(method).__name__} takes its own optimiser steps: leave accumulate and clip out")
+    _check_memory(method, options)
     if batch_size > len(items):
         log.warning("batch_size %d is larger than the data: using %d", batch_size, len(items))
     if accumulate > 1:
@@ -300,6 +301,32 @@ def _check(method: Method, items: Any, options: dict[str, Any]) -> None:
             accumulate,
             batch_size,
         )
+
+
+def _check_memory(method: Method, options: dict[str, Any]) -> None:
+    """Refuse what cannot fit whatever the batch, before it brings the machine to swap."""
+    on_gpu = options["device"] != "cpu" and torch.cuda.is_available()
+    needed = bytes_of_training(method, options["optimizer"])
+    if on_gpu:
+        needed += sum(x.nbytes for x in (*method.parameters(), *method.buffers()))
+    else:
+        needed *= options["devices"]
+    free = torch.cuda.mem_get_info()[0] if on_gpu else _free()
+    if free is not None and needed > free:
+        weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
+        raise InputError(
+            f"the {weights / 1e6:,.0f} million weights of {type(method).__name__} need {needed / 1e9:.1f} GB for gradients and "
+            f"{options['optimizer']} alone, and {free / 1e9:.1f} GB are free: give a smaller encoder or projection"
+        )
+
+
+def _free() -> int | None:
+    """Bytes of main memory that a program can have without swapping, where the system says it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def _check_classes(method: Any, items: Any) -> None:

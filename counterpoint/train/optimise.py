@@ -25,6 +25,18 @@ class Optimisation:
     schedule: str = "cosine"
 
 
+KEPT = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}
+"""Numbers that each optimiser keeps of a weight from step to step."""
+
+
+def bytes_of_training(module: nn.Module, optimizer: str) -> int:
+    """Memory that a training takes besides the weights, whatever its batch: gradients, and what the optimiser keeps.
+
+    Activations, views and data come on top.
+    """
+    return (1 + KEPT[optimizer]) * sum(p.nbytes for p in module.parameters() if p.requires_grad)
+
+
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices and filters decay; biases and normalisation (vectors) do not (and LARS leaves them alone)."""
     parameters = [p for p in module.parameters() if p.requires_grad]

@@ -505,6 +505,15 @@ def test_one_image_is_refused(images, tmp_path):
         train(simclr(), images[:1], tmp_path / "run")
 
 
+def test_a_model_that_cannot_be_trained_here_is_refused(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("counterpoint.train.loop._free", lambda: 1000)
+    with pytest.raises(
+        InputError, match=r"million weights of SimCLR need .* and 0\.0 GB are free: give a smaller encoder"
+    ):
+        train(simclr(), images, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is one")
 def test_no_gpu_is_said(images, tmp_path):
     with pytest.raises(InputError, match="device is gpu, but torch finds none"):

@@ -9,7 +9,7 @@ from torch import nn
 from counterpoint.errors import InputError
 from counterpoint.methods.vision.simclr import SimCLR
 from counterpoint.methods.vision.simsiam import SimSiam
-from counterpoint.train.optimise import Optimisation, build_optimiser, decay_groups
+from counterpoint.train.optimise import KEPT, Optimisation, build_optimiser, bytes_of_training, decay_groups
 
 
 def rates(choice: Optimisation, steps: int, group: int = 0, groups=None) -> list[float]:
@@ -142,3 +142,15 @@ def test_unknown_names_are_refused(choice, message):
 def test_linear_goes_from_the_peak_to_zero_after_the_warm_up():
     found = rates(Optimisation(lr=1.0, warmup=0.2, schedule="linear"), 10)
     assert found == pytest.approx([0.5, 1.0, *(1 - step / 8 for step in range(8))])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_memory_of_a_training_is_what_it_then_holds(name):
+    model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
+    model[0].bias.requires_grad_(False)
+    optimiser = build_optimiser(decay_groups(model, 0.1), Optimisation(optimizer=name), 5)["optimizer"]
+    model(torch.ones(3, 30)).sum().backward()
+    optimiser.step()
+    held = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    kept = [x for state in optimiser.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim]
+    assert bytes_of_training(model, name) == held + sum(x.nbytes for x in kept)
