@@ -29,6 +29,8 @@ DROPOUTS = (
 )
 # models that count positions from the padding id + 1
 SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text"}
+# models to which vectors of words are as good as their ids
+TAKES_WORDS = {"bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "electra"}
 UNLIMITED = 10**6
 UNIXCODER_MODE = "<encoder-only>"
 UNNAMED = "a fresh model"
@@ -70,14 +72,20 @@ class TextEncoder(nn.Module):
             raise InputError(f"max_length of {name} must lie between 3 and {self.positions}, not {max_length}")
         self.max_length = max_length
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Features:
-        """[B, L] ids (and 1 where a token counts) -> pooled [B, D] and the last layer's tokens [B, L, D]."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, words: Tensor | None = None) -> Features:
+        """[B, L] ids (and 1 where a token counts) -> pooled [B, D] and the last layer's tokens [B, L, D].
+
+        `words` are the ids' vectors in the table of the model [B, L, D], where they have been looked up before.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        options = {"output_hidden_states": self.pooling == "first-last", "return_dict": True}
+        options: dict[str, Any] = {"output_hidden_states": self.pooling == "first-last", "return_dict": True}
         if self.segments:
             ends = (input_ids == self.tokenizer.sep_token_id).long()
             options["token_type_ids"] = (ends.cumsum(1) > ends).long()
-        out = self.called(input_ids, mask, **options)
+        if words is None:
+            out = self.called(input_ids, mask, **options)
+        else:
+            out = self.model(inputs_embeds=words, attention_mask=mask, **options)
         return Features(pool(out, mask, self.pooling), out.last_hidden_state)
 
     def called(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
@@ -86,7 +94,17 @@ class TextEncoder(nn.Module):
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled vectors [B, D] of rows of mixed length, without most of the padding: see `by_length`."""
-        return by_length(lambda ids, mask: (self(ids, mask).pooled,), input_ids, attention_mask)[0]
+        words = (self.model.get_input_embeddings()(input_ids),) if self.looks_up_once else ()
+        return by_length(lambda *rows: (self(*rows).pooled,), input_ids, attention_mask, *words)[0]
+
+    @property
+    def looks_up_once(self) -> bool:
+        """Whether the vectors of all tokens can be looked up before rows go their ways in groups.
+
+        Each look-up has a gradient as large as the table, which costs as much as a layer does.
+        """
+        stock = type(self) is TextEncoder and self.model.config.model_type in TAKES_WORDS
+        return stock and torch.is_grad_enabled() and self.model.get_input_embeddings().weight.requires_grad
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The last layer's tokens [B, L, D] of rows of mixed length, zeros in the padding: see `by_length`."""
@@ -121,7 +139,7 @@ def marks_pairs(encoder: TextEncoder) -> bool:
 
 
 def by_length(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], input_ids: Tensor, attention_mask: Tensor
+    function: Callable[..., tuple[Tensor, ...]], input_ids: Tensor, attention_mask: Tensor, *more: Tensor
 ) -> tuple[Tensor, ...]:
     """What `function` makes of rows of mixed length, without most of the padding.
 
@@ -129,17 +147,19 @@ def by_length(
     its group. A GPU takes short rows all at once, because it waits for kernels rather than for padding.
 
     Args:
-        function: takes ids and mask [b, L], returns tensors [b, ...].
+        function: takes ids and mask [b, L] and what else there is, returns tensors [b, ...].
         input_ids: [B, L].
         attention_mask: [B, L].
+        more: further tensors [B, L, ...].
     """
     short = input_ids.shape[1] <= 64 and input_ids.device.type != "cpu"
     if len(input_ids) < 32 or short:
-        return function(input_ids, attention_mask)
+        return function(input_ids, attention_mask, *more)
     lengths = attention_mask.sum(1)
     order = lengths.argsort(stable=True)
     groups = [(at, int(lengths[at[-1]])) for at in order.chunk(4)]
-    parts = [function(input_ids[at, :longest], attention_mask[at, :longest]) for at, longest in groups]
+    columns = (input_ids, attention_mask, *more)
+    parts = [function(*(column[at, :longest] for column in columns)) for at, longest in groups]
     back = order.argsort()
     return tuple(torch.cat(results)[back] for results in zip(*parts, strict=True))
 

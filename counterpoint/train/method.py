@@ -162,6 +162,14 @@ class Method(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.after_step()
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Lightning refuses this of fused optimisers in mixed precision, even where no gradient was scaled
+        if gradient_clip_val is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def configure_optimizers(self) -> Any:
         return build_optimiser(
             self.parameter_groups(),

@@ -56,14 +56,14 @@ def build_optimiser(
         choice: optimiser "sgd" (momentum), "lars" (You et al. 2017), "adam" or "adamw"; schedule, after a linear
             warm-up over the share `warmup` of all steps: "cosine" or "linear" to zero, or "constant".
         total_steps: optimiser steps of the whole training.
-        fused: take torch's fused kernels on a GPU; not with gradient scaling, which must see the gradients first.
+        fused: take torch's fused kernels, on CPU and GPU; not with gradient scaling, which must see the gradients first.
 
     Raises:
         InputError: unknown optimiser or schedule.
     """
     groups = [group for group in groups if group["params"]]
     device = groups[0]["params"][0].device.type
-    kernel: dict[str, Any] = {"fused": True} if fused and device == "cuda" else {}
+    kernel: dict[str, Any] = {"fused": True} if fused and device in ("cpu", "cuda") else {}
     optimiser: torch.optim.Optimizer
     match choice.optimizer:
         case "sgd":
@@ -80,6 +80,7 @@ def build_optimiser(
             optimiser = Lars(groups, lr=choice.lr, momentum=choice.momentum)
         case unknown:
             raise InputError(f'no optimizer named "{unknown}"; there are sgd, lars, adam, adamw')
+    optimiser.register_load_state_dict_post_hook(_laid_out_like_weights)
     if choice.schedule not in ("cosine", "linear", "constant"):
         raise InputError(f'no schedule named "{choice.schedule}"; there are cosine, linear, constant')
     warm = round(choice.warmup * total_steps)
@@ -96,3 +97,12 @@ def build_optimiser(
     factors = [(lambda step: 1.0) if constant and choice.schedule != "constant" else factor for constant in fixed]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factors)
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _laid_out_like_weights(optimiser: torch.optim.Optimizer) -> None:
+    """Fused kernels take weight, gradient and state as they lie in memory; a checkpoint holds states of channels-last weights
+    row by row."""
+    for weight, state in optimiser.state.items():
+        for name, kept in state.items():
+            if torch.is_tensor(kept) and kept.shape == weight.shape and kept.stride() != weight.stride():
+                state[name] = torch.empty_like(weight, dtype=kept.dtype).copy_(kept)

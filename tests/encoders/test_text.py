@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from counterpoint.data.texts import load, tokenise
-from counterpoint.encoders.text import added_tokens, byte_tokenizer, tanh_head, text
+from counterpoint.encoders.text import TAKES_WORDS, added_tokens, byte_tokenizer, tanh_head, text
 from counterpoint.errors import InputError
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -75,6 +75,27 @@ def test_groups_of_like_length_change_nothing_but_the_padding(monkeypatch):
         )
         torch.testing.assert_close(encoder.pooled(ids, mask), expected, atol=1e-5, rtol=1e-4)
     assert sum(rows * width for rows, width in shapes) < 0.7 * ids.numel() and len(shapes) == 4
+
+
+@pytest.mark.parametrize("kind", sorted(TAKES_WORDS | {"deberta-v2"}))
+def test_vectors_and_gradients_do_not_depend_on_the_groups(kind, monkeypatch):
+    sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32} if kind == "distilbert" else TINY
+    encoder = text({"model_type": kind, **sizes}, pooling="mean", dropout=0.0).train()
+    batch = batch_of(encoder, ["x" * (1 + (7 * i) % 30) for i in range(40)])
+    rows = batch["input_ids"], batch["attention_mask"]
+    looked_up, table = [], encoder.model.get_input_embeddings()
+    table.register_forward_hook(lambda *_: looked_up.append(1))
+    found = encoder.pooled(*rows)
+    assert len(looked_up) == (1 if kind in TAKES_WORDS else 4)
+    found.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+    encoder.zero_grad()
+    expected = encoder(*rows).pooled
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    expected.square().sum().backward()
+    for name, p in encoder.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, atol=1e-4, rtol=1e-3)
 
 
 def test_a_folder_is_loaded_and_cut_to_its_first_layers(folder):

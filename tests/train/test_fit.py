@@ -514,6 +514,21 @@ def test_a_model_that_cannot_be_trained_here_is_refused(images, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision(images, tmp_path, precision):
+    before = simclr()
+    moved = {}
+    for clip in (None, 1e-3):
+        method = simclr()
+        options = {"optimizer": "sgd", "lr": 1.0, "sgd_momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+        train(
+            method, images, tmp_path / f"run-{clip}", steps=1, clip=clip, precision=precision, device="cpu", **options
+        )
+        change = [(a - b).flatten() for a, b in zip(method.parameters(), before.parameters(), strict=True)]
+        moved[clip] = torch.cat(change).norm().item()
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-3) and moved[None] > 0.01
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is one")
 def test_no_gpu_is_said(images, tmp_path):
     with pytest.raises(InputError, match="device is gpu, but torch finds none"):

@@ -1,5 +1,6 @@
 """Optimiser groups, LARS and the schedule have the values that the formulas give."""
 
+import copy
 import math
 
 import pytest
@@ -154,3 +155,28 @@ def test_memory_of_a_training_is_what_it_then_holds(name):
     held = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     kept = [x for state in optimiser.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim]
     assert bytes_of_training(model, name) == held + sum(x.nbytes for x in kept)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_states_from_a_checkpoint_lie_as_their_weights_do(name):
+    def built():
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, build_optimiser(decay_groups(model, 0.1), Optimisation(optimizer=name), 9)["optimizer"]
+
+    def step(model, optimiser, number):
+        optimiser.zero_grad()
+        model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))).square().mean().backward()
+        optimiser.step()
+
+    model, optimiser = built()
+    step(model, optimiser, 1)
+    again, other = built()
+    again.load_state_dict(model.state_dict())
+    state = copy.deepcopy(optimiser.state_dict())
+    for kept in state["state"].values():
+        kept.update({key: x.contiguous() for key, x in kept.items() if torch.is_tensor(x)})
+    other.load_state_dict(state)
+    step(model, optimiser, 2)
+    step(again, other, 2)
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
