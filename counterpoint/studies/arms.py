@@ -44,7 +44,8 @@ def run_arm(
             raise InputError(
                 f"{folder} holds another configuration (other {', '.join(different)}); remove it or choose another --out"
             )
-        alone = any(subjects.keys() <= {"trained", BEST} for subjects in arm["results"].values())
+        known = [subjects for name, subjects in arm["results"].items() if protocols is None or name in protocols]
+        alone = any(subjects.keys() <= {"trained", BEST} for subjects in known)
         if not set(protocols or ()) <= arm["results"].keys() or (alone and not trained_only):
             run = Run.open(folder)
             arm["results"] |= _measured(run, protocols, trained_only)

@@ -244,6 +244,20 @@ def test_an_arm_gets_the_rows_that_learned_nothing_without_training_again(tmp_pa
     assert again["results"]["geometry"]["trained"] == alone["results"]["geometry"]["trained"] and len(counted) == 1
 
 
+def test_what_is_known_of_an_arm_is_not_measured_again(tmp_path, counted, monkeypatch):
+    arm = experiment("dcl", **TINY)
+    run_arm(arm, 0, tmp_path / "arm", protocols=["geometry"])
+    run_arm(arm, 0, tmp_path / "arm", protocols=["knn-200-0.1"], trained_only=True)  # has no rows that learned nothing
+
+    def measured(*arguments):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("counterpoint.studies.arms._measured", measured)
+    run_arm(arm, 0, tmp_path / "arm", protocols=["geometry"])
+    run_arm(arm, 0, tmp_path / "arm", protocols=["knn-200-0.1"], trained_only=True)
+    assert len(counted) == 1
+
+
 def test_an_arm_gets_the_protocol_that_it_lacks_without_training_again(tmp_path, counted):
     arm = experiment("dcl", **TINY)
     first = run_arm(arm, 0, tmp_path / "arm", protocols=["knn-200-0.1"])
