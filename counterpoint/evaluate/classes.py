@@ -156,7 +156,7 @@ def _features(encode: Encode, rows: texts.Texts) -> np.ndarray:
 
 
 def measure_linear(
-    subjects: Sequence[tuple[str, Encode]], source: Any, names: Sequence[str], *, seed: int = 0
+    subjects: Sequence[tuple[str, Encode]], source: Any, names: Sequence[str], *, own: bool = True, seed: int = 0
 ) -> Iterator[Result]:
     """Protocol `linear-text` on every subject: of `source`, or of the named sets (``linear-text:trec``).
 
@@ -164,10 +164,11 @@ def measure_linear(
         subjects: what to measure, encoders by what they are called.
         source: a known set, or texts with labels of which a fifth of each class is held out here.
         names: protocols.
+        own: whether files and tables may be taken: not those whose labels training saw.
         seed: as in `linear_text`.
 
     Raises:
-        InputError: texts without classes.
+        InputError: texts without classes, or whose labels training saw.
     """
     for name in names:
         data = name.partition(":")[2] or source
@@ -175,10 +176,11 @@ def measure_linear(
             train, test, note = texts.load(data, "train"), texts.load(data, "test"), ""
         else:
             rows, note = texts.load(data, classes=True), "held out by us: a fifth of the rows"
+            other = f"give --data with others, or name a set as in {LINEAR}:sst2"
             if rows.first_class is None:
-                raise InputError(
-                    f"{data} has no labels: {LINEAR} needs a column label, or name a set as in {LINEAR}:sst2"
-                )
+                raise InputError(f"{rows.name} has no labels, which {LINEAR} needs in a column label: {other}")
+            if not own:
+                raise InputError(f"training saw the labels of {rows.name}: {other}")
             train, test = (rows.subset(at) for at in stratified(torch.from_numpy(rows.first_class), 0.2))
         for subject, encode in subjects:
             result = linear_text(encode, train, test, name=name, seed=seed, subject=subject)

@@ -113,7 +113,7 @@ def evaluate(
             if everything or asked_labels:
                 options |= {"own": unseen or not trained.uses_labels, "trained_on": config["data"]}
                 found += labels.measure(subjects, source, asked_labels or None, **options)
-            found += classes.measure_linear(encoders, source, asked_linear)
+            found += classes.measure_linear(encoders, source, asked_linear, own=unseen or not trained.uses_labels)
             if others or (everything and not (data is not None and found)):
                 found += texts.measure(encoders, others or None)
         case "histories":

@@ -121,6 +121,8 @@ def test_a_part_of_a_file_is_held_out(tmp_path):
     assert found.n == 10 and found.value == 100 and "held out by us" in found.detail["note"]
     with pytest.raises(InputError, match="has no labels"):
         list(measure_linear([("trained", spelled)], ["a", "b"], ["linear-text"]))
+    with pytest.raises(InputError, match="training saw the labels of"):
+        list(measure_linear([("trained", spelled)], table, ["linear-text"], own=False))
 
 
 def test_few_of_many_rows_are_fitted(monkeypatch):
