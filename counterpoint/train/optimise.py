@@ -56,7 +56,8 @@ def build_optimiser(
         choice: optimiser "sgd" (momentum), "lars" (You et al. 2017), "adam" or "adamw"; schedule, after a linear
             warm-up over the share `warmup` of all steps: "cosine" or "linear" to zero, or "constant".
         total_steps: optimiser steps of the whole training.
-        fused: take torch's fused kernels, on CPU and GPU; not with gradient scaling, which must see the gradients first.
+        fused: take torch's fused kernels of adam and adamw, on CPU and GPU; not with gradient scaling, which must see the
+            gradients first.
 
     Raises:
         InputError: unknown optimiser or schedule.
@@ -67,7 +68,8 @@ def build_optimiser(
     optimiser: torch.optim.Optimizer
     match choice.optimizer:
         case "sgd":
-            optimiser = torch.optim.SGD(groups, lr=choice.lr, momentum=choice.momentum, **kernel)
+            # its fused kernel cannot take a weight that begins to learn later than others, as prototypes do
+            optimiser = torch.optim.SGD(groups, lr=choice.lr, momentum=choice.momentum)
         case "adam":
             optimiser = torch.optim.Adam(groups, lr=choice.lr, **kernel)
         case "adamw":

@@ -180,3 +180,14 @@ def test_states_from_a_checkpoint_lie_as_their_weights_do(name):
     step(model, optimiser, 2)
     step(again, other, 2)
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_weight_may_begin_to_learn_later_than_others(name):
+    first, later = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimiser = build_optimiser([{"params": [first, later]}], Optimisation(optimizer=name), 9)["optimizer"]
+    for step in range(3):
+        first.grad = torch.ones(3, 3)
+        later.grad = torch.ones(3, 3) if step else None
+        optimiser.step()
+        assert torch.equal(later, torch.ones(3, 3)) == (step == 0)
