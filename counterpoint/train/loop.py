@@ -292,6 +292,15 @@ def _check(method: Method, items: Any, options: dict[str, Any]) -> None:
     if not method.automatic_optimization and (accumulate > 1 or options["clip"] is not None):
         raise InputError(f"{type(method).__name__} takes its own optimiser steps: leave accumulate and clip out")
     _check_memory(method, options)
+    for part in getattr(getattr(method, "mixing", None), "parts", ()):
+        waits = getattr(part, "warmup_epochs", 0)
+        if options["steps"] is None and waits >= options["epochs"]:
+            log.warning(
+                "%s waits for %d epochs and the training has %d: it will change nothing; give a smaller warmup_epochs",
+                type(part).__name__,
+                waits,
+                options["epochs"],
+            )
     if batch_size > len(items):
         log.warning("batch_size %d is larger than the data: using %d", batch_size, len(items))
     if accumulate > 1:

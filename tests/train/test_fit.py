@@ -20,6 +20,7 @@ from torch import nn
 from counterpoint import contrast
 from counterpoint.data import Images
 from counterpoint.errors import InputError
+from counterpoint.memory.mixing import HardMixing
 from counterpoint.methods.vision.dcl import DCL
 from counterpoint.methods.vision.moco import MoCo
 from counterpoint.methods.vision.simclr import SimCLR
@@ -151,6 +152,16 @@ def test_a_batch_larger_than_the_data_takes_all_of_it(images, tmp_path, caplog):
         run = train(simclr(), images[:5], tmp_path / "run", batch_size=256, epochs=3, log_every=1)
     assert "batch_size 256 is larger than the data: using 5" in caplog.text
     assert [record["step"] for record in records(run)] == [1, 2, 3]
+
+
+def test_a_mixing_that_never_begins_is_said(images, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "counterpoint"):
+        train(simclr(mixing=(HardMixing(4, 2, 0, warmup_epochs=1),)), images, tmp_path / "late")
+    assert "HardMixing waits for 1 epochs and the training has 1: it will change nothing" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "counterpoint"):
+        train(simclr(mixing=(HardMixing(4, 2, 0, warmup_epochs=1),)), images, tmp_path / "soon", epochs=2)
+    assert "waits" not in caplog.text
 
 
 def test_identical_images_warn_and_stay_finite(tmp_path, caplog):
