@@ -1,7 +1,7 @@
 """What does DebCSE's sampler draw? Among sentences whose paraphrases people judged, which positives each way of choosing finds.
 
-The sentences of MRPC's training part are DebCSE's corpus, without their labels. Half of their pairs' sentences have a partner in
-some pool of neighbours; whenever a sampler draws a partner as the positive, people have said whether the two say the same.
+The sentences of MRPC's training part are DebCSE's corpus, without their labels. Whenever a sampler draws the partner of a
+sentence as its positive, people have said whether the two say the same.
 Reported for inverse propensity and for meaning alone: how often another sentence is drawn at all (the rest are the sentence
 itself or a reworded copy), the share of paraphrases among the drawn partners (beside that of all pairs), and how alike the
 drawn ones look. The teacher is SimCSE after one epoch on the sentences of the STS sets, which training and test of MRPC are no
