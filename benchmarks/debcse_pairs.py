@@ -1,11 +1,10 @@
 """What does DebCSE's sampler draw? Among sentences whose paraphrases people judged, which positives each way of choosing finds.
 
 The sentences of MRPC's training part are DebCSE's corpus, without their labels. Whenever a sampler draws the partner of a
-sentence as its positive, people have said whether the two say the same.
-Reported for inverse propensity and for meaning alone: how often another sentence is drawn at all (the rest are the sentence
-itself or a reworded copy), the share of paraphrases among the drawn partners (beside that of all pairs), and how alike the
-drawn ones look. The teacher is SimCSE after one epoch on the sentences of the STS sets, which training and test of MRPC are no
-part of.
+sentence as its positive, people have said whether the two say the same. Reported for inverse propensity and for meaning
+alone: how often another sentence is drawn at all (the rest are the sentence itself or a reworded copy), the share of
+paraphrases among the drawn partners (beside that of all pairs), and how alike the drawn ones look. The teacher is SimCSE
+after one epoch on the sentences of the STS sets.
 
 Run from the repository root, some minutes on two CPU cores:
 
@@ -15,6 +14,7 @@ Run from the repository root, some minutes on two CPU cores:
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def main() -> None:
         method.taught.fill_(0)
         method.make_pools(items)
         for name, debias in SAMPLERS.items():
-            method.weights = InversePropensity(debias)
+            method.sampler = replace(method.sampler, weights=InversePropensity(debias))
             runs.append({"sampler": name, "seed": seed, **drawn(method, known, options.draws, seed)})
             print(json.dumps(runs[-1]))
     record = {

@@ -356,19 +356,21 @@ def generate(argv: list[str]) -> int:
 
     prompts = [options.prompt] if options.prompts is None else _prompts(Path(options.prompts))
 
+    begun = False
+
     def show(row: int, piece: str) -> None:
-        print(piece, end="", flush=True)
+        nonlocal begun
+        print(piece if begun else options.prompt + piece, end="", flush=True)
+        begun = True
 
     single = options.prompts is None and options.out is None
-    if single:
-        print(options.prompt, end="", flush=True)
     found = counterpoint.generate(
         options.model, prompts, options.strategy, max_new_tokens=options.max_new_tokens, amateur=options.amateur,
         instruction=options.instruction, batch_size=options.batch_size, stop=not options.no_stop, seed=options.seed,
         device=options.device, say=show if single else None, **settings,
     )  # fmt: skip
     if single:
-        print()
+        print("" if begun else options.prompt)
         return 0
     lines = [
         json.dumps({"prompt": prompt, "continuation": text}, ensure_ascii=False)

@@ -101,7 +101,7 @@ class TextEncoder(nn.Module):
     def looks_up_once(self) -> bool:
         """Whether the vectors of all tokens can be looked up before rows go their ways in groups.
 
-        Each look-up has a gradient as large as the table, which costs as much as a layer does.
+        Each look-up has a gradient as large as the table, to be filled and added up.
         """
         stock = type(self) is TextEncoder and self.model.config.model_type in TAKES_WORDS
         return stock and torch.is_grad_enabled() and self.model.get_input_embeddings().weight.requires_grad

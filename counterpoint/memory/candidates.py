@@ -1,4 +1,5 @@
-"""Pools of candidates: for each sentence its nearest others under a teacher, and copies of itself with other words."""
+"""Pools of candidates: for each sentence its nearest others under a teacher, and copies of itself with other words;
+and what is drawn from them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.contrast.operands import unit
+from counterpoint.contrast.propensity import InversePropensity, draw_candidates
 from counterpoint.data.surface import Surface, surface_similarity
 from counterpoint.data.texts import Ragged, Sentences
 from counterpoint.errors import InputError
@@ -85,6 +87,53 @@ class Pools:
         """The similarity under the teacher below which this share of all neighbours lies (of some millions of them)."""
         values = self.semantic[:, : self.neighbours.shape[1]].flatten()
         return float(values[:: -(-len(values) // SAMPLED)].float().quantile(share))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws positives and hard negatives of sentences from their pools, by inverse propensity.
+
+    Args:
+        weights: how likely each allowed candidate is.
+        least_positive: similarity under the teacher from which a candidate may be a positive.
+        most_negative: up to which it may be a hard negative; none is both.
+        duplicate: surface similarity above which it is no positive.
+    """
+
+    weights: InversePropensity
+    least_positive: float
+    most_negative: float
+    duplicate: float
+
+    def positive_logits(self, pools: Pools, index: Tensor) -> Tensor:
+        """Log weights ``[B, K + 1 + A]`` with which each candidate of the sentences ``[B]`` is drawn as a positive."""
+        semantic, surface = pools.semantic[index], pools.surface[index]
+        allowed = (semantic >= self.least_positive) & (surface <= self.duplicate)
+        return self.weights.logits(semantic, surface, allowed, "positive")
+
+    def negative_logits(self, pools: Pools, index: Tensor) -> Tensor:
+        """The same as a hard negative; the sentence itself and its copies are none."""
+        semantic, surface = pools.semantic[index], pools.surface[index]
+        neighbour = torch.arange(semantic.shape[1], device=semantic.device) < pools.neighbours.shape[1]
+        allowed = (semantic <= self.most_negative) & (semantic < self.least_positive) & neighbour
+        return self.weights.logits(semantic, surface, allowed, "negative")
+
+    def draw(
+        self, pools: Pools, index: Tensor, negatives: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of the variants: a positive ``[B]`` and negatives ``[B, M]`` of the sentences ``[B]``.
+
+        A sentence without any positive is its own, and one without negatives has random sentences.
+        """
+        count, own = pools.neighbours.shape
+        column = draw_candidates(self.positive_logits(pools, index), generator=generator)
+        positive = pools.rows(index, column.where(column >= 0, own))[:, 0]
+        if not negatives:
+            return positive, positive.new_empty(len(index), 0)
+        column = draw_candidates(self.negative_logits(pools, index), negatives, generator=generator)
+        found = pools.rows(index, column.clamp(min=0))
+        other = torch.randint(1, count, column.shape, generator=generator, device=column.device)
+        return positive, found.where(column >= 0, (index[:, None] + other) % count)
 
 
 def make_pools(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,8 +82,8 @@ def drop_negations(words: Sequence[str]) -> list[str]:
     return [left for word in words if (left := affirmed(word))] or [*words]
 
 
-Rewording = Callable[[Sequence[str], float, "torch.Generator | None"], list[str]]
-REWORDINGS: dict[str, Rewording] = {
+Rewording = Literal["repeat", "delete", "swap", "negation"]
+REWORDINGS: dict[str, Callable[[Sequence[str], float, torch.Generator | None], list[str]]] = {
     "repeat": repeat_words,
     "delete": leave_out,
     "swap": lambda words, rate, generator: swap_words(words, 1, generator),

@@ -116,24 +116,30 @@ def test_near_in_meaning_and_different_in_words_is_preferred():
         return 1 / (1 + math.exp(-(s - mean) / 0.1))
 
     method = planted(taught(**COSINES)[0], semantic, surface)
-    odds = method.positive_logits(index)[0].exp()
+    odds = method.sampler.positive_logits(method.pools, index)[0].exp()
     assert (odds > 0).tolist() == [True, True, False, False, False, False, False, True, True, False]
     assert (odds[0] / odds[1]).item() == pytest.approx(min(1 / max(e(0.2), 0.05), 10) / (1 / e(0.7)), rel=1e-4)
-    odds = method.negative_logits(index)[0].exp()
+    odds = method.sampler.negative_logits(method.pools, index)[0].exp()
     assert (odds > 0).tolist() == [False, False, False, True, True, False, False, False, False, False]
     inverse = [min(1 / max(1 - e(s), 0.05), 10) for s in (0.7, 0.1)]
     assert (odds[3] / odds[4]).item() == pytest.approx(inverse[0] / inverse[1], rel=1e-4) and inverse[0] > inverse[1]
     by_meaning = planted(taught(**COSINES, debias=False)[0], semantic, surface)
-    for logits, (a, b) in ((by_meaning.positive_logits(index), (0, 1)), (by_meaning.negative_logits(index), (3, 4))):
+    for logits, (a, b) in (
+        (by_meaning.sampler.positive_logits(by_meaning.pools, index), (0, 1)),
+        (by_meaning.sampler.negative_logits(by_meaning.pools, index), (3, 4)),
+    ):
         assert logits[0, a] == logits[0, b]
     lets_in = planted(taught(**COSINES, duplicate=1.0)[0], semantic, surface)
-    assert lets_in.positive_logits(index)[0, [5, 6]].isfinite().all()
+    assert lets_in.sampler.positive_logits(lets_in.pools, index)[0, [5, 6]].isfinite().all()
 
 
 def test_draws_stay_in_the_pool_and_nobody_is_both():
     method, items = taught(positive_from=0.8, negative_to=0.5, hard_negatives=3)
     index = torch.arange(len(items))
-    positive, negative = method.positive_logits(index).isfinite(), method.negative_logits(index).isfinite()
+    positive, negative = (
+        method.sampler.positive_logits(method.pools, index).isfinite(),
+        method.sampler.negative_logits(method.pools, index).isfinite(),
+    )
     assert not (positive & negative).any() and not negative[:, 6:].any()
     generator = torch.Generator().manual_seed(0)
     draws = [method.choose(index, generator) for _ in range(20)]

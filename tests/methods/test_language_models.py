@@ -243,8 +243,10 @@ def test_generate_refuses(expert, tmp_path, capsys, arguments, message):
     assert main(["generate", "--model", str(expert.folder), *found]) == 2
     import re
 
-    said = capsys.readouterr().err.strip().splitlines()
+    shown = capsys.readouterr()
+    said = shown.err.strip().splitlines()
     assert re.search(message, said[-1]), said
+    assert shown.out == ""  # not even the prompt
 
 
 def test_an_amateur_with_other_tokens_is_refused(expert, tmp_path, capsys):

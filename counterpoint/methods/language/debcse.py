@@ -9,13 +9,13 @@ from torch import Tensor
 
 from counterpoint.contrast.balanced import balanced_info_nce
 from counterpoint.contrast.distributed import gather_plain
-from counterpoint.contrast.propensity import InversePropensity, draw_candidates
+from counterpoint.contrast.propensity import InversePropensity
 from counterpoint.data import texts
 from counterpoint.data.surface import SURFACES, Surface, numbered_words
 from counterpoint.encoders import TextEncoder
 from counterpoint.errors import InputError
 from counterpoint.memory import MomentumEncoder
-from counterpoint.memory.candidates import Pools, VariedSentences, make_pools
+from counterpoint.memory.candidates import Pools, Sampler, VariedSentences, make_pools
 from counterpoint.methods.language.simcse import SimCSE, columns
 from counterpoint.train.method import Batch
 from counterpoint.train.start import earlier_encoder, take_over
@@ -198,48 +198,13 @@ class DebCSE(SimCSE):
         options: dict[str, Any] = {"size": self.pool, "shard": self.shard, "measure": self.surface}
         self.pools, self.items = make_pools(items, vectors, **options, generator=generator), items
         at = self.pools.quantile if self.thresholds == "quantile" else float
-        self.least_positive, self.most_negative = at(self.positive_from), at(self.negative_to)
+        self.sampler = Sampler(self.weights, at(self.positive_from), at(self.negative_to), self.duplicate)
         self.least_false = None if self.false_from is None else at(self.false_from)
 
-    # ---- the sampler ------------------------------------------------------------------------------------------------
-
-    def positive_logits(self, index: Tensor) -> Tensor:
-        """Log weights ``[B, K + 1 + A]`` with which each candidate of the sentences ``[B]`` is drawn as a positive."""
-        semantic, surface = self.pool_of(index)
-        allowed = (semantic >= self.least_positive) & (surface <= self.duplicate)
-        return self.weights.logits(semantic, surface, allowed, "positive")
-
-    def negative_logits(self, index: Tensor) -> Tensor:
-        """The same as a hard negative; the sentence itself and its copies are none."""
-        semantic, surface = self.pool_of(index)
-        neighbour = torch.arange(semantic.shape[1], device=semantic.device) < semantic.shape[1] - self.copies
-        allowed = (semantic <= self.most_negative) & (semantic < self.least_positive) & neighbour
-        return self.weights.logits(semantic, surface, allowed, "negative")
-
-    @property
-    def copies(self) -> int:
-        """Candidates of a pool that are the sentence itself, reworded or not."""
-        return 1 + self.items.copies
-
-    def pool_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.pools is not None
-        return self.pools.semantic[index], self.pools.surface[index]
-
     def choose(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Rows of the variants that are drawn for the sentences ``[B]``: a positive ``[B]`` and negatives ``[B, M]``.
-
-        A sentence without any positive is its own, and one without negatives has random sentences, as in SimCSE.
-        """
+        """Rows of the variants that are drawn for the sentences ``[B]``: a positive ``[B]`` and negatives ``[B, M]``."""
         assert self.pools is not None
-        count, own = len(self.pools.neighbours), self.pools.neighbours.shape[1]
-        column = draw_candidates(self.positive_logits(index), generator=generator)
-        positive = self.pools.rows(index, column.where(column >= 0, own))[:, 0]
-        if not self.negatives:
-            return positive, positive.new_empty(len(index), 0)
-        column = draw_candidates(self.negative_logits(index), self.negatives, generator=generator)
-        negatives = self.pools.rows(index, column.clamp(min=0))
-        other = torch.randint(1, count, column.shape, generator=generator, device=column.device)
-        return positive, negatives.where(column >= 0, (index[:, None] + other) % count)
+        return self.sampler.draw(self.pools, index, self.negatives, generator)
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from counterpoint.memory.mined import MinedNegatives, Mining
 from counterpoint.memory.mixing import Mixed, Mixing
 from counterpoint.train.method import Batch, Method
 from counterpoint.views.text import stack
-from counterpoint.views.words import reword
+from counterpoint.views.words import Rewording, reword
 
 
 class SimCSE(Method):
@@ -89,7 +89,7 @@ class SimCSE(Method):
         mixing: tuple[Mixing, ...] = (),
         heads: Heads | None = None,
         mined: Mining | None = None,
-        rewording: Literal["delete", "repeat", "swap", "negation"] | None = None,
+        rewording: Rewording | None = None,
         rewording_rate: float = 0.1,
     ):
         super().__init__()
